@@ -1,0 +1,2 @@
+//! The `pt` command.
+fn main() {}

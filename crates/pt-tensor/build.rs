@@ -1,0 +1,10 @@
+//! Build script shared by the crates above pt-tensor: lets their tests and binaries find libtorch
+//! at run time without LD_LIBRARY_PATH. The prefix is the one that tch was built against.
+
+fn main() {
+    println!("cargo:rerun-if-env-changed=LIBTORCH");
+    if let Ok(prefix) = std::env::var("LIBTORCH") {
+        let prefix = std::fs::canonicalize(&prefix).unwrap_or_else(|_| prefix.into());
+        println!("cargo:rustc-link-arg=-Wl,-rpath,{}", prefix.join("lib").display());
+    }
+}
