@@ -1,10 +1,49 @@
-//! Build script shared by the crates above pt-tensor: lets their tests and binaries find libtorch
-//! at run time without LD_LIBRARY_PATH. The prefix is the one that tch was built against.
+//! Compiles the C++ shim against the libtorch that tch is built with, and lets this crate's tests find it.
+
+use std::env;
+use std::path::PathBuf;
+use std::process::Command;
 
 fn main() {
-    println!("cargo:rerun-if-env-changed=LIBTORCH");
-    if let Ok(prefix) = std::env::var("LIBTORCH") {
-        let prefix = std::fs::canonicalize(&prefix).unwrap_or_else(|_| prefix.into());
-        println!("cargo:rustc-link-arg=-Wl,-rpath,{}", prefix.join("lib").display());
+    for file in ["csrc/shim.cpp", "csrc/fused.cpp"] {
+        println!("cargo:rerun-if-changed={file}");
     }
+    println!("cargo:rerun-if-env-changed=LIBTORCH");
+    println!("cargo:rerun-if-env-changed=LIBTORCH_USE_PYTORCH");
+    let Some(prefix) = libtorch_prefix() else {
+        println!("cargo:warning=no libtorch found: run `cargo xtask setup`, or set LIBTORCH to a prefix with lib/ and include/");
+        std::process::exit(1);
+    };
+    let mut build = cc::Build::new();
+    build
+        .cpp(true)
+        .std("c++20")
+        .opt_level(3)
+        .include(prefix.join("include"))
+        .include(prefix.join("include/torch/csrc/api/include"))
+        .flag_if_supported("-fno-math-errno")
+        // Row sums may be taken in any order: that is what lets them vectorize.
+        .flag_if_supported("-fassociative-math")
+        .flag_if_supported("-fno-signed-zeros")
+        .flag_if_supported("-fno-trapping-math")
+        .warnings(false)
+        .files(["csrc/shim.cpp", "csrc/fused.cpp"]);
+    if env::var("CARGO_CFG_TARGET_OS").as_deref() == Ok("linux") {
+        // libtorch's thread pool is OpenMP there; its own libgomp is the one that gets loaded.
+        build.flag("-fopenmp");
+        println!("cargo:rustc-link-lib=gomp");
+    }
+    build.compile("pt_tensor_shim");
+    println!("cargo:rustc-link-arg=-Wl,-rpath,{}", prefix.join("lib").display());
+}
+
+/// The prefix in LIBTORCH, or the installed PyTorch when LIBTORCH_USE_PYTORCH asks for it, as tch decides.
+fn libtorch_prefix() -> Option<PathBuf> {
+    if env::var_os("LIBTORCH_USE_PYTORCH").is_some() {
+        let script = "import os, torch; print(os.path.dirname(torch.__file__))";
+        let output = Command::new("python3").args(["-c", script]).output().ok()?;
+        return output.status.success().then(|| PathBuf::from(String::from_utf8_lossy(&output.stdout).trim()));
+    }
+    let prefix = std::fs::canonicalize(env::var_os("LIBTORCH")?).ok()?;
+    prefix.join("include").is_dir().then_some(prefix)
 }

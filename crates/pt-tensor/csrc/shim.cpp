@@ -1,0 +1,129 @@
+// What tch does not bind: backward passes written elsewhere, gradients against given output gradients, and the
+// state of random generators. Every entry point catches: no C++ exception crosses into Rust, and the Rust
+// callbacks return errors as strings, so no panic crosses into C++.
+
+#include <ATen/CPUGeneratorImpl.h>
+#include <torch/csrc/autograd/function.h>
+#include <torch/csrc/autograd/functions/utils.h>
+#include <torch/torch.h>
+
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <vector>
+
+using torch::autograd::variable_list;
+
+namespace {
+
+// Grads in (null where undefined), grads out (null where none); null on success, else a malloc'ed message.
+using BackwardFn = char* (*)(void* ctx, at::Tensor** grad_outputs, size_t num_outputs, at::Tensor** grad_inputs,
+                             size_t num_inputs);
+using DropFn = void (*)(void* ctx);
+
+char* copy_message(const std::exception& error) { return strdup(error.what()); }
+
+struct RustNode : public torch::autograd::Node {
+  void* ctx;
+  BackwardFn backward;
+  DropFn drop;
+  size_t num_inputs;
+
+  RustNode(void* ctx, BackwardFn backward, DropFn drop, size_t num_inputs)
+      : ctx(ctx), backward(backward), drop(drop), num_inputs(num_inputs) {}
+  ~RustNode() override { release(); }
+
+  std::string name() const override { return "RustBackward"; }
+  void release_variables() override { release(); }
+
+  variable_list apply(variable_list&& grads) override {
+    TORCH_CHECK(ctx != nullptr, "backward ran a second time through a graph that was freed");
+    std::vector<at::Tensor*> grad_outputs(grads.size(), nullptr);
+    for (size_t i = 0; i < grads.size(); ++i)
+      if (grads[i].defined()) grad_outputs[i] = &grads[i];
+    std::vector<at::Tensor*> grad_inputs(num_inputs, nullptr);
+    char* error = backward(ctx, grad_outputs.data(), grad_outputs.size(), grad_inputs.data(), num_inputs);
+    variable_list result(num_inputs);
+    for (size_t i = 0; i < num_inputs; ++i)
+      if (grad_inputs[i] != nullptr) {
+        result[i] = std::move(*grad_inputs[i]);
+        delete grad_inputs[i];
+      }
+    if (error != nullptr) {
+      std::string message(error);
+      free(error);
+      throw std::runtime_error(message);
+    }
+    return result;
+  }
+
+ private:
+  void release() {
+    if (ctx != nullptr) drop(ctx);
+    ctx = nullptr;
+  }
+};
+
+variable_list list(at::Tensor** tensors, size_t count) {
+  variable_list out;
+  out.reserve(count);
+  for (size_t i = 0; i < count; ++i) out.push_back(*tensors[i]);
+  return out;
+}
+
+}  // namespace
+
+extern "C" {
+
+// Makes `outputs` depend on `inputs` through `backward`. Takes `ctx` over, whatever happens.
+char* pt_attach_backward(at::Tensor** inputs, size_t num_inputs, at::Tensor** outputs, size_t num_outputs, void* ctx,
+                         BackwardFn backward, DropFn drop) {
+  try {
+    // Owns ctx from here on.
+    std::shared_ptr<RustNode> node(new RustNode(ctx, backward, drop, num_inputs), torch::autograd::deleteNode);
+    variable_list in = list(inputs, num_inputs);
+    if (!at::GradMode::is_enabled() || !torch::autograd::any_variable_requires_grad(in)) return nullptr;
+    node->set_next_edges(torch::autograd::collect_next_edges(in));
+    for (size_t i = 0; i < num_outputs; ++i) torch::autograd::create_gradient_edge(*outputs[i], node);
+    return nullptr;
+  } catch (const std::exception& error) {
+    return copy_message(error);
+  }
+}
+
+// Accumulates into .grad of every leaf: the vector-Jacobian product of `outputs` with `grad_outputs`.
+char* pt_backward(at::Tensor** outputs, at::Tensor** grad_outputs, size_t count) {
+  try {
+    torch::autograd::backward(list(outputs, count), list(grad_outputs, count));
+    return nullptr;
+  } catch (const std::exception& error) {
+    return copy_message(error);
+  }
+}
+
+// State of the default CPU generator as a new u8 tensor in *out.
+char* pt_cpu_generator_state(at::Tensor** out) {
+  try {
+    auto generator = at::detail::getDefaultCPUGenerator();
+    std::lock_guard<std::mutex> lock(generator.mutex());
+    *out = new at::Tensor(generator.get_state());
+    return nullptr;
+  } catch (const std::exception& error) {
+    return copy_message(error);
+  }
+}
+
+char* pt_set_cpu_generator_state(at::Tensor* state) {
+  try {
+    auto generator = at::detail::getDefaultCPUGenerator();
+    std::lock_guard<std::mutex> lock(generator.mutex());
+    generator.set_state(*state);
+    return nullptr;
+  } catch (const std::exception& error) {
+    return copy_message(error);
+  }
+}
+
+void pt_free_message(char* message) { free(message); }
+
+}  // extern "C"

@@ -1,0 +1,224 @@
+//! AdamW and gradient clipping.
+
+use crate::{Result, TensorError};
+use serde::{Deserialize, Serialize};
+use tch::{Kind, Tensor, no_grad};
+
+/// Settings of [`AdamW`]; the defaults are PyTorch's, with no weight decay as in the trainers people come from.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct AdamWConfig {
+    /// Decay of the first moment.
+    pub beta1: f64,
+    /// Decay of the second moment.
+    pub beta2: f64,
+    /// Added to the denominator.
+    pub eps: f64,
+    /// Decoupled weight decay, applied as `p ← p · (1 − lr · weight_decay)`.
+    pub weight_decay: f64,
+}
+
+impl Default for AdamWConfig {
+    fn default() -> Self {
+        Self { beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.0 }
+    }
+}
+
+/// One trained tensor and its moments.
+#[derive(Debug)]
+struct Slot {
+    name: String,
+    parameter: Tensor,
+    first: Tensor,
+    second: Tensor,
+    is_decayed: bool,
+}
+
+/// AdamW (Loshchilov and Hutter 2019, <https://arxiv.org/abs/1711.05101>) with f32 moments.
+///
+/// Updates are in place, in the arithmetic order of `torch.optim.AdamW`.
+#[derive(Debug)]
+pub struct AdamW {
+    config: AdamWConfig,
+    slots: Vec<Slot>,
+    step: i64,
+}
+
+impl AdamW {
+    /// An optimizer of named leaf tensors. Tensors with one axis (norms, biases) get no weight decay.
+    pub fn new(parameters: Vec<(String, Tensor)>, config: AdamWConfig) -> Self {
+        let slots = parameters
+            .into_iter()
+            .map(|(name, parameter)| {
+                let zeros = || Tensor::zeros(parameter.size(), (Kind::Float, parameter.device()));
+                let (first, second) = (zeros(), zeros());
+                Slot { name, is_decayed: parameter.dim() > 1, first, second, parameter }
+            })
+            .collect();
+        Self { config, slots, step: 0 }
+    }
+
+    /// The trained tensors.
+    pub fn parameters(&self) -> impl Iterator<Item = (&str, &Tensor)> {
+        self.slots.iter().map(|slot| (slot.name.as_str(), &slot.parameter))
+    }
+
+    /// Updates taken so far.
+    pub fn num_steps(&self) -> i64 {
+        self.step
+    }
+
+    /// One update with learning rate `lr`; tensors without a gradient stay as they are.
+    ///
+    /// # Errors
+    /// [`TensorError::Torch`] when libtorch refuses an operation.
+    pub fn step(&mut self, lr: f64) -> Result<()> {
+        self.step += 1;
+        let AdamWConfig { beta1, beta2, eps, weight_decay } = self.config;
+        let correction1 = 1.0 - beta1.powi(self.step as i32);
+        let correction2 = 1.0 - beta2.powi(self.step as i32);
+        no_grad(|| {
+            for slot in &mut self.slots {
+                let grad = slot.parameter.grad();
+                if !grad.defined() {
+                    continue;
+                }
+                let grad = grad.to_kind(Kind::Float);
+                if weight_decay != 0.0 && slot.is_decayed {
+                    let _ = slot.parameter.f_mul_scalar_(1.0 - lr * weight_decay)?;
+                }
+                let _ = slot.first.f_lerp_(&grad, 1.0 - beta1)?;
+                let _ = slot.second.f_mul_scalar_(beta2)?.f_addcmul_(&(&grad * (1.0 - beta2)), &grad)?;
+                let denominator = slot.second.sqrt() / correction2.sqrt() + eps;
+                let update = (&slot.first / denominator) * (-lr / correction1);
+                let _ = slot.parameter.f_add_(&update.to_kind(slot.parameter.kind()))?;
+            }
+            Ok(())
+        })
+    }
+
+    /// Drops all gradients.
+    pub fn zero_grad(&mut self) {
+        for slot in &mut self.slots {
+            slot.parameter.zero_grad();
+        }
+    }
+
+    /// The state by name: `step` (`[1]`, i64) and, for each parameter, `NAME.exp_avg` and `NAME.exp_avg_sq` (f32).
+    pub fn state(&self) -> Vec<(String, Tensor)> {
+        let mut state = vec![("step".to_string(), Tensor::from_slice(&[self.step]))];
+        for slot in &self.slots {
+            state.push((format!("{}.exp_avg", slot.name), slot.first.shallow_clone()));
+            state.push((format!("{}.exp_avg_sq", slot.name), slot.second.shallow_clone()));
+        }
+        state
+    }
+
+    /// Restores a state from [`state`](Self::state); `get` finds a tensor by name.
+    ///
+    /// # Errors
+    /// Those of `get`; [`TensorError::Shape`] when a moment has another shape than its parameter.
+    pub fn load_state(&mut self, get: impl Fn(&str) -> Result<Tensor>) -> Result<()> {
+        self.step = get("step")?.int64_value(&[0]);
+        for slot in &mut self.slots {
+            for (suffix, target) in [("exp_avg", &mut slot.first), ("exp_avg_sq", &mut slot.second)] {
+                let name = format!("{}.{suffix}", slot.name);
+                let value = get(&name)?;
+                if value.size() != target.size() {
+                    return Err(TensorError::shape(name, &value, format!("{:?}", target.size())));
+                }
+                target.copy_(&value);
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The 2-norm of all gradients together; non-finite when any of them is.
+pub fn global_grad_norm<'a>(parameters: impl IntoIterator<Item = &'a Tensor>) -> f64 {
+    let norms: Vec<Tensor> = parameters
+        .into_iter()
+        .map(Tensor::grad)
+        .filter(Tensor::defined)
+        .map(|grad| grad.to_kind(Kind::Float).norm())
+        .collect();
+    if norms.is_empty() { 0.0 } else { Tensor::stack(&norms, 0).norm().double_value(&[]) }
+}
+
+/// Scales all gradients so that their joint 2-norm is at most `max_norm`; returns the norm before.
+///
+/// As `torch.nn.utils.clip_grad_norm_`: the factor is `max_norm / (norm + 1e-6)`, at most 1.
+pub fn clip_grad_norm_<'a>(parameters: impl IntoIterator<Item = &'a Tensor> + Clone, max_norm: f64) -> f64 {
+    let norm = global_grad_norm(parameters.clone());
+    let factor = max_norm / (norm + 1e-6);
+    if factor < 1.0 {
+        for parameter in parameters {
+            let mut grad = parameter.grad();
+            if grad.defined() {
+                let _ = grad.g_mul_scalar_(factor);
+            }
+        }
+    }
+    norm
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parameter(values: &[f32], grad: &[f32]) -> Tensor {
+        let p = Tensor::from_slice(values).set_requires_grad(true);
+        (&p * Tensor::from_slice(grad)).sum(Kind::Float).backward();
+        p
+    }
+
+    #[test]
+    fn the_first_step_moves_by_the_learning_rate_against_the_sign() {
+        let p = parameter(&[1.0, -1.0], &[0.5, -2.0]);
+        let mut adam = AdamW::new(vec![("p".into(), p.shallow_clone())], AdamWConfig::default());
+        adam.step(0.1).unwrap();
+        let values = Vec::<f32>::try_from(p.detach()).unwrap();
+        assert!((values[0] - 0.9).abs() < 1e-6 && (values[1] + 0.9).abs() < 1e-6, "{values:?}");
+    }
+
+    #[test]
+    fn matrices_decay_and_vectors_do_not() {
+        let config = AdamWConfig { weight_decay: 0.5, ..Default::default() };
+        let vector = parameter(&[2.0], &[0.0]);
+        let matrix = Tensor::from_slice(&[2f32]).view([1, 1]).set_requires_grad(true);
+        (&matrix * 0.0).sum(Kind::Float).backward();
+        let mut adam = AdamW::new(vec![("v".into(), vector.shallow_clone()), ("m".into(), matrix.shallow_clone())], config);
+        adam.step(0.1).unwrap();
+        assert_eq!(vector.double_value(&[0]), 2.0);
+        assert!((matrix.double_value(&[0, 0]) - 1.9).abs() < 1e-6);
+    }
+
+    #[test]
+    fn a_restored_state_continues_equally() {
+        let run = |restore: bool| {
+            let p = Tensor::from_slice(&[1f32, 2., 3.]).set_requires_grad(true);
+            let mut adam = AdamW::new(vec![("p".into(), p.shallow_clone())], AdamWConfig::default());
+            for step in 0..4 {
+                adam.zero_grad();
+                (p.square() * f64::from(step + 1)).sum(Kind::Float).backward();
+                adam.step(0.01).unwrap();
+                if restore && step == 1 {
+                    let state: std::collections::HashMap<_, _> =
+                        adam.state().into_iter().map(|(n, t)| (n, t.copy())).collect();
+                    adam = AdamW::new(vec![("p".into(), p.shallow_clone())], AdamWConfig::default());
+                    adam.load_state(|name| Ok(state[name].shallow_clone())).unwrap();
+                }
+            }
+            Vec::<f32>::try_from(p.detach()).unwrap()
+        };
+        assert_eq!(run(false), run(true));
+    }
+
+    #[test]
+    fn clipping_scales_to_the_norm_and_reports_the_one_before() {
+        let p = parameter(&[0., 0.], &[3., 4.]);
+        assert!((clip_grad_norm_([&p], 1.0) - 5.0).abs() < 1e-6);
+        assert!((global_grad_norm([&p]) - 1.0).abs() < 1e-6);
+        assert!((clip_grad_norm_([&p], 10.0) - 1.0).abs() < 1e-6);
+    }
+}
