@@ -1,0 +1,387 @@
+//! A run is a directory, readable at every moment.
+//!
+//! ```text
+//! run/
+//!   config.yaml             the resolved configuration; its presence makes the folder a run
+//!   metrics.jsonl           one line a record
+//!   tensorboard/            event files
+//!   samples/  report.html
+//!   checkpoints/step-00000100/   complete: it got this name by a rename after everything in it was synced
+//!   checkpoints/.step-00000200.tmp-x/   being written, or left by a crash; removed when the run is opened
+//!   checkpoints/best.json   which checkpoint is best, and by what
+//! ```
+
+use std::fs::File;
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use crate::error::{Result, TrainError};
+
+/// Writes a file such that its name holds either the old bytes or all of the new: a temporary file in the same
+/// folder, synced, renamed, and the folder synced.
+///
+/// # Errors
+/// [`TrainError::Write`]; the old file stands and the temporary one is gone.
+pub fn write_atomic(path: &Path, bytes: &[u8]) -> Result<()> {
+    let write = || -> io::Result<()> {
+        let folder = parent(path);
+        let mut file = tempfile::Builder::new().prefix(".tmp-").tempfile_in(folder)?;
+        file.write_all(bytes)?;
+        file.as_file().sync_all()?;
+        set_default_mode(file.as_file())?;
+        file.persist(path).map_err(|error| error.error)?;
+        sync_dir(folder)
+    };
+    write().map_err(TrainError::write(path))
+}
+
+/// Best checkpoint of a run.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Best {
+    /// Step of the checkpoint.
+    pub step: u64,
+    /// Name of the metric.
+    pub metric: String,
+    /// Its value there.
+    pub value: f64,
+}
+
+/// A run's directory.
+#[derive(Clone, Debug)]
+pub struct RunDir {
+    root: PathBuf,
+}
+
+impl RunDir {
+    /// Starts a run in a new or empty folder and saves its configuration.
+    ///
+    /// # Errors
+    /// [`TrainError::RunExists`] when the folder holds anything; [`TrainError::Write`].
+    pub fn create(root: &Path, config_yaml: &str) -> Result<Self> {
+        if root.is_file() {
+            return Err(TrainError::RunExists { path: root.to_path_buf(), found: "is a file, expected a folder" });
+        }
+        if root.join("config.yaml").exists() {
+            return Err(TrainError::RunExists { path: root.to_path_buf(), found: "already holds a run" });
+        }
+        if root.is_dir() {
+            // What a crash before the first rename leaves behind is no reason to refuse.
+            let names = list(root).map_err(TrainError::read(root))?;
+            if names.iter().any(|name| !name.starts_with(".tmp-") && name != "checkpoints") {
+                return Err(TrainError::RunExists { path: root.to_path_buf(), found: "is not empty" });
+            }
+        }
+        let run = Self { root: root.to_path_buf() };
+        std::fs::create_dir_all(run.checkpoints()).map_err(TrainError::write(root))?;
+        write_atomic(&run.config_path(), config_yaml.as_bytes())?;
+        Ok(run)
+    }
+
+    /// Opens a run to continue or to read, and removes what an interrupted write left.
+    ///
+    /// # Errors
+    /// [`TrainError::NotARun`] when there is no configuration; [`TrainError::Write`].
+    pub fn open(root: &Path) -> Result<Self> {
+        let run = Self { root: root.to_path_buf() };
+        if !run.config_path().is_file() {
+            return Err(TrainError::NotARun {
+                path: root.to_path_buf(),
+                message: "holds no config.yaml, so no run".into(),
+            });
+        }
+        std::fs::create_dir_all(run.checkpoints()).map_err(TrainError::write(root))?;
+        for folder in [run.root.clone(), run.checkpoints()] {
+            for name in list(&folder).map_err(TrainError::read(&folder))? {
+                let path = folder.join(&name);
+                if name.starts_with(".tmp-") || (name.starts_with(".step-") && name.contains(".tmp-")) {
+                    let removed =
+                        if path.is_dir() { std::fs::remove_dir_all(&path) } else { std::fs::remove_file(&path) };
+                    removed.map_err(TrainError::write(&path))?;
+                }
+            }
+        }
+        Ok(run)
+    }
+
+    /// The folder itself.
+    pub fn root(&self) -> &Path {
+        &self.root
+    }
+
+    /// The resolved configuration.
+    pub fn config_path(&self) -> PathBuf {
+        self.root.join("config.yaml")
+    }
+
+    /// Metrics, one JSON object a line.
+    pub fn metrics_path(&self) -> PathBuf {
+        self.root.join("metrics.jsonl")
+    }
+
+    /// Folder of TensorBoard event files.
+    pub fn tensorboard_path(&self) -> PathBuf {
+        self.root.join("tensorboard")
+    }
+
+    /// The report.
+    pub fn report_path(&self) -> PathBuf {
+        self.root.join("report.html")
+    }
+
+    /// Folder of the checkpoints.
+    pub fn checkpoints(&self) -> PathBuf {
+        self.root.join("checkpoints")
+    }
+
+    /// Where the checkpoint of a step stands, or would stand.
+    pub fn checkpoint_path(&self, step: u64) -> PathBuf {
+        self.checkpoints().join(format!("step-{step:08}"))
+    }
+
+    /// Writes a checkpoint: `fill` gets an empty folder, which takes its name once everything in it is synced.
+    ///
+    /// An existing checkpoint of the same step is replaced.
+    ///
+    /// # Errors
+    /// Those of `fill`, or [`TrainError::Write`] as one of its kind; no checkpoint appears then.
+    pub fn write_checkpoint<E: From<TrainError>>(
+        &self,
+        step: u64,
+        fill: impl FnOnce(&Path) -> Result<(), E>,
+    ) -> Result<PathBuf, E> {
+        let path = self.checkpoint_path(step);
+        let folder = self.checkpoints();
+        let temporary = tempfile::Builder::new()
+            .prefix(&format!(".step-{step:08}.tmp-"))
+            .tempdir_in(&folder)
+            .map_err(TrainError::write(&path))?;
+        fill(temporary.path())?;
+        let publish = || -> io::Result<()> {
+            sync_tree(temporary.path())?;
+            set_default_dir_mode(temporary.path())?;
+            if path.exists() {
+                // A folder cannot be replaced in one step: the old one goes aside under a name that is swept up.
+                let aside = tempfile::Builder::new().prefix(".tmp-old-").tempdir_in(&folder)?;
+                std::fs::rename(&path, aside.path().join("old"))?;
+                std::fs::rename(temporary.path(), &path)?;
+            } else {
+                std::fs::rename(temporary.path(), &path)?;
+            }
+            sync_dir(&folder)
+        };
+        publish().map_err(TrainError::write(&path))?;
+        // Its name is gone, so there is nothing for it to clean up.
+        let _ = temporary.keep();
+        Ok(path)
+    }
+
+    /// Steps of the complete checkpoints, rising.
+    ///
+    /// # Errors
+    /// [`TrainError::Read`].
+    pub fn checkpoint_steps(&self) -> Result<Vec<u64>> {
+        let folder = self.checkpoints();
+        let names = list(&folder).map_err(TrainError::read(&folder))?;
+        let step_of = |name: &String| name.strip_prefix("step-").and_then(|digits| digits.parse().ok());
+        let mut steps: Vec<u64> = names.iter().filter_map(step_of).collect();
+        steps.sort_unstable();
+        Ok(steps)
+    }
+
+    /// The newest complete checkpoint, if there is one.
+    ///
+    /// # Errors
+    /// [`TrainError::Read`].
+    pub fn latest(&self) -> Result<Option<(u64, PathBuf)>> {
+        Ok(self.checkpoint_steps()?.last().map(|&step| (step, self.checkpoint_path(step))))
+    }
+
+    /// The best checkpoint, if one was named and still stands.
+    ///
+    /// # Errors
+    /// [`TrainError::Read`], [`TrainError::NotARun`] when `best.json` is damaged.
+    pub fn best(&self) -> Result<Option<Best>> {
+        let path = self.best_path();
+        if !path.exists() {
+            return Ok(None);
+        }
+        let bytes = std::fs::read(&path).map_err(TrainError::read(&path))?;
+        let best: Best = serde_json::from_slice(&bytes)
+            .map_err(|error| TrainError::NotARun { path: path.clone(), message: format!("is damaged: {error}") })?;
+        Ok(Some(best).filter(|best| self.checkpoint_path(best.step).is_dir()))
+    }
+
+    /// Names the best checkpoint.
+    ///
+    /// # Errors
+    /// [`TrainError::Write`].
+    pub fn set_best(&self, best: &Best) -> Result<()> {
+        let mut text =
+            serde_json::to_string_pretty(best).map_err(|error| TrainError::write(&self.best_path())(error.into()))?;
+        text.push('\n');
+        write_atomic(&self.best_path(), text.as_bytes())
+    }
+
+    /// Removes all checkpoints but the newest `keep` and the best one; the newest always stays. Returns the steps removed.
+    ///
+    /// # Errors
+    /// [`TrainError::Read`], [`TrainError::Write`].
+    pub fn prune(&self, keep: usize) -> Result<Vec<u64>> {
+        let steps = self.checkpoint_steps()?;
+        let best = self.best()?.map(|best| best.step);
+        let mut removed = Vec::new();
+        for &step in &steps[..steps.len().saturating_sub(keep.max(1))] {
+            if Some(step) == best {
+                continue;
+            }
+            let path = self.checkpoint_path(step);
+            // First out of the way in one step, so that a half-removed folder never bears a checkpoint's name.
+            let doomed = self.checkpoints().join(format!(".step-{step:08}.tmp-old"));
+            std::fs::rename(&path, &doomed).map_err(TrainError::write(&path))?;
+            std::fs::remove_dir_all(&doomed).map_err(TrainError::write(&doomed))?;
+            removed.push(step);
+        }
+        Ok(removed)
+    }
+
+    fn best_path(&self) -> PathBuf {
+        self.checkpoints().join("best.json")
+    }
+}
+
+fn parent(path: &Path) -> &Path {
+    path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."))
+}
+
+fn list(folder: &Path) -> io::Result<Vec<String>> {
+    std::fs::read_dir(folder)?.map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned())).collect()
+}
+
+fn sync_dir(folder: &Path) -> io::Result<()> {
+    // Only Unix lets a folder be opened and synced; elsewhere the rename is all there is.
+    if cfg!(unix) { File::open(folder)?.sync_all() } else { Ok(()) }
+}
+
+fn sync_tree(folder: &Path) -> io::Result<()> {
+    for entry in std::fs::read_dir(folder)? {
+        let path = entry?.path();
+        if path.is_dir() {
+            sync_tree(&path)?;
+        } else {
+            File::open(&path)?.sync_all()?;
+        }
+    }
+    sync_dir(folder)
+}
+
+// Temporary files are made private to their owner; results are shared like any file of the user's.
+#[cfg(unix)]
+fn set_default_mode(file: &File) -> io::Result<()> {
+    use std::os::unix::fs::PermissionsExt as _;
+    file.set_permissions(std::fs::Permissions::from_mode(0o644))
+}
+
+#[cfg(unix)]
+fn set_default_dir_mode(folder: &Path) -> io::Result<()> {
+    use std::os::unix::fs::PermissionsExt as _;
+    std::fs::set_permissions(folder, std::fs::Permissions::from_mode(0o755))
+}
+
+#[cfg(not(unix))]
+fn set_default_mode(_: &File) -> io::Result<()> {
+    Ok(())
+}
+
+#[cfg(not(unix))]
+fn set_default_dir_mode(_: &Path) -> io::Result<()> {
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn run() -> (tempfile::TempDir, RunDir) {
+        let folder = tempfile::tempdir().expect("temporary folder");
+        let run = RunDir::create(&folder.path().join("run"), "seed: 1\n").expect("a new folder");
+        (folder, run)
+    }
+
+    fn save(run: &RunDir, step: u64) {
+        run.write_checkpoint::<TrainError>(step, |folder| write_atomic(&folder.join("state.json"), b"{}"))
+            .expect("saves");
+    }
+
+    #[test]
+    fn an_existing_run_is_not_overwritten() {
+        let (_folder, run) = run();
+        let error = RunDir::create(run.root(), "").expect_err("holds a run");
+        assert!(error.to_string().ends_with("already holds a run"), "{error}");
+        assert!(error.hint().expect("a hint").contains("--resume"));
+        assert!(RunDir::create(&run.config_path(), "").is_err());
+        assert!(matches!(RunDir::open(&run.checkpoints()), Err(TrainError::NotARun { .. })));
+        RunDir::open(run.root()).expect("opens");
+    }
+
+    #[test]
+    fn a_failed_checkpoint_leaves_no_trace() {
+        let (_folder, run) = run();
+        save(&run, 10);
+        let failed = run.write_checkpoint::<TrainError>(20, |folder| {
+            write_atomic(&folder.join("half"), b"x")?;
+            Err(TrainError::NotARun { path: folder.into(), message: "disk full, say".into() })
+        });
+        assert!(failed.is_err());
+        assert_eq!(run.checkpoint_steps().expect("readable"), [10]);
+        assert_eq!(list(&run.checkpoints()).expect("readable"), ["step-00000010"]);
+    }
+
+    #[test]
+    fn leftovers_of_a_killed_process_are_ignored_and_swept() {
+        let (_folder, run) = run();
+        save(&run, 100);
+        let left = run.checkpoints().join(".step-00000200.tmp-abc");
+        std::fs::create_dir(&left).expect("makes");
+        std::fs::write(left.join("model.safetensors"), b"half").expect("writes");
+        std::fs::write(run.root().join(".tmp-xyz"), b"half").expect("writes");
+        assert_eq!(run.latest().expect("readable").expect("one").0, 100);
+        let again = RunDir::open(run.root()).expect("opens");
+        assert!(!left.exists() && !run.root().join(".tmp-xyz").exists());
+        assert_eq!(again.checkpoint_steps().expect("readable"), [100]);
+    }
+
+    #[test]
+    fn a_checkpoint_of_the_same_step_is_replaced() {
+        let (_folder, run) = run();
+        save(&run, 5);
+        run.write_checkpoint::<TrainError>(5, |folder| write_atomic(&folder.join("other"), b"2")).expect("saves");
+        assert_eq!(list(&run.checkpoint_path(5)).expect("readable"), ["other"]);
+        assert_eq!(list(&run.checkpoints()).expect("readable"), ["step-00000005"]);
+    }
+
+    #[test]
+    fn pruning_keeps_the_newest_and_the_best() {
+        let (_folder, run) = run();
+        (1..=5).for_each(|step| save(&run, step * 1_000_000_00));
+        run.set_best(&Best { step: 200_000_000, metric: "eval_loss".into(), value: 0.5 }).expect("writes");
+        assert_eq!(run.prune(2).expect("prunes"), [100_000_000, 300_000_000]);
+        assert_eq!(run.checkpoint_steps().expect("readable"), [200_000_000, 400_000_000, 500_000_000]);
+        assert_eq!(run.best().expect("readable").expect("stands").value, 0.5);
+        run.prune(0).expect("prunes");
+        assert_eq!(run.latest().expect("readable").expect("one").0, 500_000_000);
+    }
+
+    #[test]
+    fn an_atomic_write_replaces_and_leaves_one_file() {
+        let folder = tempfile::tempdir().expect("temporary folder");
+        let path = folder.path().join("a.txt");
+        write_atomic(&path, b"one").expect("writes");
+        write_atomic(&path, b"two").expect("writes");
+        assert_eq!(std::fs::read(&path).expect("reads"), b"two");
+        assert_eq!(list(folder.path()).expect("reads"), ["a.txt"]);
+        let error = write_atomic(&folder.path().join("no/such/file"), b"").expect_err("no folder");
+        assert!(matches!(error, TrainError::Write { .. }) && error.hint().is_some());
+    }
+}
