@@ -1,0 +1,39 @@
+//! `cargo xtask demo`: from a bare machine to a fine-tuned model.
+
+use std::process::Command;
+
+use anyhow::Result;
+
+use crate::process::{cargo, run, workspace};
+use crate::{fetch, setup};
+
+/// The model that is fine-tuned, and the rows it is fine-tuned on.
+const MODEL: &str = "smollm2-135m-instruct";
+const DATA: &str = "boolq";
+
+/// Sets up, fetches, builds and runs `pt demo sft`; `extra` goes to it.
+pub(crate) fn sft(extra: &[String]) -> Result<()> {
+    let libtorch = setup::setup()?;
+    let (model, data) = (fetch::one(MODEL)?, fetch::one(DATA)?);
+    run(cargo(&libtorch).args(["build", "--release", "-p", "pt-cli"]))?;
+    // Through cargo once more, rather than by path: it knows the target folder and the library path.
+    let mut command: Command = cargo(&libtorch);
+    command.args([
+        "run",
+        "--release",
+        "--quiet",
+        "-p",
+        "pt-cli",
+        "--bin",
+        "pt",
+        "--",
+        "demo",
+        "sft",
+    ]);
+    command.arg("--model").arg(model).arg("--data").arg(data);
+    command
+        .arg("--output")
+        .arg(workspace().join("runs/demo-sft"))
+        .args(extra);
+    run(&mut command)
+}
