@@ -23,7 +23,9 @@ pub(crate) enum Task {
         peers: bool,
         extra: Vec<String>,
     },
-    Tidy,
+    Tidy {
+        quick: bool,
+    },
     Ci,
 }
 
@@ -71,9 +73,10 @@ const TASKS: [(&str, &str, &str, &str); 8] = [
     ),
     (
         "tidy",
-        "",
+        "[--quick]",
         "format, clippy, docs, house rules",
-        "Runs every check even when one fails, then lists what failed.",
+        "Runs every check even when one fails, then lists what failed. --quick leaves out clippy and docs, which\n\
+         need libtorch.",
     ),
     (
         "ci",
@@ -135,6 +138,7 @@ pub(crate) fn parse(arguments: impl Iterator<Item = String>) -> Result<Task, Str
     let known_flag = match *name {
         "golden" => "--regenerate",
         "bench" => "--peers",
+        "tidy" => "--quick",
         _ => "",
     };
     let is_flag_set = flags.iter().any(|flag| flag == known_flag);
@@ -168,7 +172,7 @@ pub(crate) fn parse(arguments: impl Iterator<Item = String>) -> Result<Task, Str
             peers: is_flag_set,
             extra,
         },
-        "tidy" => Task::Tidy,
+        "tidy" => Task::Tidy { quick: is_flag_set },
         _ => Task::Ci,
     })
 }
@@ -188,7 +192,8 @@ mod tests {
     #[test]
     fn each_task_parses() {
         assert_eq!(parsed("setup"), Ok(Task::Setup));
-        assert_eq!(parsed("tidy"), Ok(Task::Tidy));
+        assert_eq!(parsed("tidy"), Ok(Task::Tidy { quick: false }));
+        assert_eq!(parsed("tidy --quick"), Ok(Task::Tidy { quick: true }));
         assert_eq!(parsed("ci"), Ok(Task::Ci));
         assert_eq!(
             parsed("fetch gsm8k boolq"),

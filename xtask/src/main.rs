@@ -56,7 +56,7 @@ fn run(task: Task) -> Result<()> {
             peers,
             extra,
         } => bench::bench(&suites, peers, &extra),
-        Task::Tidy => tidy::tidy(),
-        Task::Ci => test::test(&[]).and_then(|()| tidy::tidy()),
+        Task::Tidy { quick } => tidy::tidy(quick),
+        Task::Ci => test::test(&[]).and_then(|()| tidy::tidy(false)),
     }
 }

