@@ -27,10 +27,9 @@ use crate::error::{Result, TrainError};
 pub fn write_atomic(path: &Path, bytes: &[u8]) -> Result<()> {
     let write = || -> io::Result<()> {
         let folder = parent(path);
-        let mut file = tempfile::Builder::new().prefix(".tmp-").tempfile_in(folder)?;
+        let mut file = builder(".tmp-", 0o666).tempfile_in(folder)?;
         file.write_all(bytes)?;
         file.as_file().sync_all()?;
-        set_default_mode(file.as_file())?;
         file.persist(path).map_err(|error| error.error)?;
         sync_dir(folder)
     };
@@ -142,7 +141,8 @@ impl RunDir {
 
     /// Writes a checkpoint: `fill` gets an empty folder, which takes its name once everything in it is synced.
     ///
-    /// An existing checkpoint of the same step is replaced.
+    /// A checkpoint of the same step that stands already is kept, and `fill` is not called: after
+    /// [`Self::discard_after`] it holds the same state, and a folder cannot be replaced in one step.
     ///
     /// # Errors
     /// Those of `fill`, or [`TrainError::Write`] as one of its kind; no checkpoint appears then.
@@ -152,29 +152,30 @@ impl RunDir {
         fill: impl FnOnce(&Path) -> Result<(), E>,
     ) -> Result<PathBuf, E> {
         let path = self.checkpoint_path(step);
+        if path.is_dir() {
+            return Ok(path);
+        }
         let folder = self.checkpoints();
-        let temporary = tempfile::Builder::new()
-            .prefix(&format!(".step-{step:08}.tmp-"))
-            .tempdir_in(&folder)
-            .map_err(TrainError::write(&path))?;
+        let temporary =
+            builder(&format!(".step-{step:08}.tmp-"), 0o777).tempdir_in(&folder).map_err(TrainError::write(&path))?;
         fill(temporary.path())?;
         let publish = || -> io::Result<()> {
             sync_tree(temporary.path())?;
-            set_default_dir_mode(temporary.path())?;
-            if path.exists() {
-                // A folder cannot be replaced in one step: the old one goes aside under a name that is swept up.
-                let aside = tempfile::Builder::new().prefix(".tmp-old-").tempdir_in(&folder)?;
-                std::fs::rename(&path, aside.path().join("old"))?;
-                std::fs::rename(temporary.path(), &path)?;
-            } else {
-                std::fs::rename(temporary.path(), &path)?;
-            }
+            std::fs::rename(temporary.path(), &path)?;
             sync_dir(&folder)
         };
         publish().map_err(TrainError::write(&path))?;
         // Its name is gone, so there is nothing for it to clean up.
         let _ = temporary.keep();
         Ok(path)
+    }
+
+    /// Removes the checkpoints of later steps: what resuming from an earlier one makes stale.
+    ///
+    /// # Errors
+    /// [`TrainError::Read`], [`TrainError::Write`].
+    pub fn discard_after(&self, step: u64) -> Result<()> {
+        self.checkpoint_steps()?.into_iter().filter(|&later| later > step).try_for_each(|later| self.remove(later))
     }
 
     /// Steps of the complete checkpoints, rising.
@@ -236,14 +237,18 @@ impl RunDir {
             if Some(step) == best {
                 continue;
             }
-            let path = self.checkpoint_path(step);
-            // First out of the way in one step, so that a half-removed folder never bears a checkpoint's name.
-            let doomed = self.checkpoints().join(format!(".step-{step:08}.tmp-old"));
-            std::fs::rename(&path, &doomed).map_err(TrainError::write(&path))?;
-            std::fs::remove_dir_all(&doomed).map_err(TrainError::write(&doomed))?;
+            self.remove(step)?;
             removed.push(step);
         }
         Ok(removed)
+    }
+
+    fn remove(&self, step: u64) -> Result<()> {
+        let path = self.checkpoint_path(step);
+        // First out of the way in one step, so that a half-removed folder never bears a checkpoint's name.
+        let doomed = self.checkpoints().join(format!(".step-{step:08}.tmp-old"));
+        std::fs::rename(&path, &doomed).map_err(TrainError::write(&path))?;
+        std::fs::remove_dir_all(&doomed).map_err(TrainError::write(&doomed))
     }
 
     fn best_path(&self) -> PathBuf {
@@ -276,27 +281,18 @@ fn sync_tree(folder: &Path) -> io::Result<()> {
     sync_dir(folder)
 }
 
-// Temporary files are made private to their owner; results are shared like any file of the user's.
-#[cfg(unix)]
-fn set_default_mode(file: &File) -> io::Result<()> {
-    use std::os::unix::fs::PermissionsExt as _;
-    file.set_permissions(std::fs::Permissions::from_mode(0o644))
-}
-
-#[cfg(unix)]
-fn set_default_dir_mode(folder: &Path) -> io::Result<()> {
-    use std::os::unix::fs::PermissionsExt as _;
-    std::fs::set_permissions(folder, std::fs::Permissions::from_mode(0o755))
-}
-
-#[cfg(not(unix))]
-fn set_default_mode(_: &File) -> io::Result<()> {
-    Ok(())
-}
-
-#[cfg(not(unix))]
-fn set_default_dir_mode(_: &Path) -> io::Result<()> {
-    Ok(())
+/// Temporary names with the permissions of any file of the user's (less the umask); the default is private.
+fn builder(prefix: &str, mode: u32) -> tempfile::Builder<'_, '_> {
+    let mut builder = tempfile::Builder::new();
+    builder.prefix(prefix);
+    #[cfg(unix)]
+    {
+        use std::os::unix::fs::PermissionsExt as _;
+        builder.permissions(std::fs::Permissions::from_mode(mode));
+    }
+    #[cfg(not(unix))]
+    let _ = mode;
+    builder
 }
 
 #[cfg(test)]
@@ -353,18 +349,19 @@ mod tests {
     }
 
     #[test]
-    fn a_checkpoint_of_the_same_step_is_replaced() {
+    fn a_checkpoint_of_the_same_step_stands_and_later_ones_can_be_discarded() {
         let (_folder, run) = run();
-        save(&run, 5);
-        run.write_checkpoint::<TrainError>(5, |folder| write_atomic(&folder.join("other"), b"2")).expect("saves");
-        assert_eq!(list(&run.checkpoint_path(5)).expect("readable"), ["other"]);
+        [5, 6, 7].into_iter().for_each(|step| save(&run, step));
+        run.discard_after(5).expect("removes");
+        let again = run.write_checkpoint::<TrainError>(5, |_| unreachable!("it stands already")).expect("stands");
+        assert_eq!(list(&again).expect("readable"), ["state.json"]);
         assert_eq!(list(&run.checkpoints()).expect("readable"), ["step-00000005"]);
     }
 
     #[test]
     fn pruning_keeps_the_newest_and_the_best() {
         let (_folder, run) = run();
-        (1..=5).for_each(|step| save(&run, step * 1_000_000_00));
+        (1..=5).for_each(|step| save(&run, step * 100_000_000));
         run.set_best(&Best { step: 200_000_000, metric: "eval_loss".into(), value: 0.5 }).expect("writes");
         assert_eq!(run.prune(2).expect("prunes"), [100_000_000, 300_000_000]);
         assert_eq!(run.checkpoint_steps().expect("readable"), [200_000_000, 400_000_000, 500_000_000]);
