@@ -358,6 +358,52 @@ mod tests {
         assert_eq!(list(&run.checkpoints()).expect("readable"), ["step-00000005"]);
     }
 
+    /// Saves, names the best and prunes without end, when the test below starts this binary again for it.
+    #[test]
+    fn child_that_saves_until_it_is_killed() {
+        let Some(root) = std::env::var_os("PT_TEST_RUN_DIR") else { return };
+        let run = RunDir::open(Path::new(&root)).expect("readable after any kill");
+        let first = run.latest().expect("readable").map_or(0, |(step, _)| step) + 1;
+        let value = vec![7; 1 << 16];
+        for step in first.. {
+            let fill = |folder: &Path| {
+                write_atomic(&folder.join("model"), &value)?;
+                write_atomic(&folder.join("complete"), b"yes")
+            };
+            run.write_checkpoint::<TrainError>(step, fill).expect("saves");
+            run.set_best(&Best { step, metric: "eval_loss".into(), value: 1.0 }).expect("writes");
+            run.prune(2).expect("prunes");
+        }
+    }
+
+    #[test]
+    fn a_kill_at_any_moment_leaves_a_readable_run() {
+        let (_folder, run) = run();
+        let mut last = 0;
+        for kill in 0..20_u64 {
+            let mut child = std::process::Command::new(std::env::current_exe().expect("this test"))
+                .args(["--exact", "run_dir::tests::child_that_saves_until_it_is_killed"])
+                .env("PT_TEST_RUN_DIR", run.root())
+                .stdout(std::process::Stdio::null())
+                .spawn()
+                .expect("starts");
+            std::thread::sleep(std::time::Duration::from_millis(20 + kill * 37 % 60));
+            assert!(child.try_wait().expect("asks").is_none(), "the child failed by itself");
+            child.kill().expect("kills");
+            child.wait().expect("ends");
+            // Readable as it stands, before anything is swept up.
+            for step in run.checkpoint_steps().expect("readable") {
+                assert_eq!(std::fs::read(run.checkpoint_path(step).join("complete")).expect("complete"), b"yes");
+            }
+            run.best().expect("readable");
+            let latest = run.latest().expect("readable").map_or(0, |(step, _)| step);
+            assert!(latest >= last, "a kill lost a checkpoint");
+            last = latest;
+            RunDir::open(run.root()).expect("opens");
+        }
+        assert!(last > 0, "the child never came to save");
+    }
+
     #[test]
     fn pruning_keeps_the_newest_and_the_best() {
         let (_folder, run) = run();
