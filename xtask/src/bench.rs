@@ -3,6 +3,7 @@
 use anyhow::{Context, Result, bail};
 use serde_json::Value;
 
+use crate::fetch;
 use crate::process::{cargo, pinned_python, run, workspace};
 use crate::setup::{self, Libtorch};
 
@@ -24,6 +25,7 @@ pub(crate) fn bench(suites: &[String], peers: bool, extra: &[String]) -> Result<
         )?),
         false => None,
     };
+    let model = fetch::one("smollm2-135m-instruct")?;
     // Built first and all together, so that no compiler runs beside a measurement.
     run(cargo(&libtorch).args(["build", "--release", "-p", "pt-benches"]))?;
     for suite in suites {
@@ -41,7 +43,7 @@ pub(crate) fn bench(suites: &[String], peers: bool, extra: &[String]) -> Result<
         if let Some(python) = &python {
             command.arg("--peers").arg(python);
         }
-        run(command.args(extra))?;
+        run(command.args(extra).env("PT_TEST_MODEL", &model))?;
     }
     Ok(())
 }

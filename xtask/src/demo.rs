@@ -2,9 +2,9 @@
 
 use std::process::Command;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 
-use crate::process::{cargo, run, workspace};
+use crate::process::{cargo, describe, run, workspace};
 use crate::{fetch, setup};
 
 /// The model that is fine-tuned, and the rows it is fine-tuned on.
@@ -35,5 +35,19 @@ pub(crate) fn sft(extra: &[String]) -> Result<()> {
         .arg("--output")
         .arg(workspace().join("runs/demo-sft"))
         .args(extra);
-    run(&mut command)
+    replace_with(&mut command)
+}
+
+/// Becomes the command, so that Ctrl-C reaches it alone and its exit code (130 after a saved checkpoint) is ours.
+#[cfg(unix)]
+fn replace_with(command: &mut Command) -> Result<()> {
+    use std::os::unix::process::CommandExt;
+    let line = describe(command);
+    eprintln!("$ {line}");
+    Err(command.exec()).with_context(|| format!("cannot run `{line}`"))
+}
+
+#[cfg(not(unix))]
+fn replace_with(command: &mut Command) -> Result<()> {
+    run(command)
 }

@@ -1,5 +1,6 @@
 //! `cargo xtask golden`: our numbers against those of the reference implementations, and writing the latter anew.
 
+use std::ffi::OsString;
 use std::fs;
 use std::path::Path;
 use std::process::{Command, Stdio};
@@ -10,27 +11,16 @@ use crate::process::{cargo, pinned_python, run, workspace};
 use crate::test::run_counted;
 use crate::{fetch, setup};
 
+const SMOLLM2: &str = "smollm2-135m-instruct";
+const QWEN: &str = "qwen2.5-coder-1.5b-instruct";
+
 /// Runs the golden tests, or with `regenerate` the generators; `area` chooses one.
 pub(crate) fn golden(area: Option<&str>, regenerate: bool) -> Result<()> {
-    let folder = workspace().join("fixtures/generate");
-    let areas = areas(&folder)?;
     if regenerate {
-        let chosen = choose(&areas, area)?;
-        let python = pinned_python("venv-golden", &folder.join("requirements.txt"))?;
-        let model = fetch::one("smollm2-135m-instruct")?;
-        for name in chosen {
-            let mut command = Command::new(&python);
-            command
-                .arg(folder.join(format!("{name}.py")))
-                .current_dir(workspace())
-                .stdin(Stdio::null());
-            run(command.env("PT_TEST_MODEL", &model))?;
-        }
-        eprintln!("fixtures are written; `cargo xtask golden` compares with them");
-        return Ok(());
+        return write_fixtures(area);
     }
     let libtorch = setup::setup()?;
-    let model = fetch::one("smollm2-135m-instruct")?;
+    let model = fetch::one(SMOLLM2)?;
     let mut command = cargo(&libtorch);
     command.args([
         "test",
@@ -40,28 +30,49 @@ pub(crate) fn golden(area: Option<&str>, regenerate: bool) -> Result<()> {
         "--bins",
         "--tests",
         "--",
-        "golden",
     ]);
-    // The test harness takes names that contain any of the filters; one that holds both narrows it.
-    if let Some(area) = area {
-        let last = format!("golden_{area}");
-        command = cargo(&libtorch);
-        command.args([
-            "test",
-            "--workspace",
-            "--no-fail-fast",
-            "--lib",
-            "--bins",
-            "--tests",
-            "--",
-            &last,
-        ]);
-        command.arg(format!("golden::{area}"));
-    }
+    // The harness runs the tests whose names contain any of the filters.
+    match area {
+        None => command.arg("golden"),
+        Some(area) => command.args([format!("golden_{area}"), format!("golden::{area}")]),
+    };
     run_counted(command.env("PT_TEST_MODEL", model))
 }
 
-/// The generators: every Python file of the folder but those whose names start with `_`.
+fn write_fixtures(area: Option<&str>) -> Result<()> {
+    let folder = workspace().join("fixtures/generate");
+    let chosen = choose(&areas(&folder)?, area)?;
+    let python = pinned_python("venv-golden", &folder.join("requirements.txt"))?;
+    for name in chosen {
+        for arguments in arguments_of(&name)? {
+            let mut command = Command::new(&python);
+            command
+                .arg(folder.join(format!("{name}.py")))
+                .args(arguments);
+            run(command.current_dir(workspace()).stdin(Stdio::null()))?;
+        }
+    }
+    eprintln!("fixtures are written; `cargo xtask golden` compares with them");
+    Ok(())
+}
+
+/// One entry per run of the generator: those that read a real model are told where it is.
+fn arguments_of(area: &str) -> Result<Vec<Vec<OsString>>> {
+    let model = |name: &str| fetch::one(name).map(OsString::from);
+    Ok(match area {
+        "smollm2" => vec![vec!["--gguf".into(), model(SMOLLM2)?]],
+        "tokenizer" => vec![
+            vec![SMOLLM2.into(), model(SMOLLM2)?],
+            vec![QWEN.into(), model(QWEN)?],
+        ],
+        _ => vec![Vec::new()],
+    })
+}
+
+/// Modules that generators share.
+const HELPERS: [&str; 2] = ["common", "make_hf"];
+
+/// The generators: every Python file of the folder but the helpers.
 fn areas(folder: &Path) -> Result<Vec<String>> {
     let entries =
         fs::read_dir(folder).with_context(|| format!("cannot read {}", folder.display()))?;
@@ -74,7 +85,7 @@ fn areas(folder: &Path) -> Result<Vec<String>> {
                 .strip_suffix(".py")
                 .map(str::to_owned)
         })
-        .filter(|name| !name.starts_with('_') && name != "common")
+        .filter(|name| !HELPERS.contains(&name.as_str()))
         .collect();
     areas.sort();
     Ok(areas)
@@ -101,7 +112,7 @@ mod tests {
         for name in [
             "models.py",
             "lora.py",
-            "_shared.py",
+            "make_hf.py",
             "common.py",
             "requirements.txt",
         ] {

@@ -48,7 +48,7 @@ pub(crate) fn setup() -> Result<Libtorch> {
     let folder = entry.folder()?;
     if let Some(prefix) = own_link(&link, &folder)? {
         eprintln!(
-            "setup: .libtorch is {}, which is not ours; using it as it is",
+            "setup: .libtorch is {}, outside this cache; using it as it is",
             prefix.display()
         );
         return Ok(Libtorch::Linked);
@@ -56,7 +56,7 @@ pub(crate) fn setup() -> Result<Libtorch> {
     if !entry.is_fetched() {
         eprintln!("setup: fetching libtorch {VERSION} ({})", entry.licence);
         eprintln!(
-            "setup: about half a gigabyte to download, {} in the end",
+            "setup: up to half a gigabyte to download, into {}",
             folder.display()
         );
         pt_fetch::fetch_entry(entry, &mut |line| eprintln!("setup: {line}"))?;

@@ -46,6 +46,8 @@ impl Pip {
 impl Source for Pip {
     fn download(&self, package: &Package, folder: &Path) -> Result<()> {
         let mut command = self.python.command();
+        // pip writes to its temporary folder first; that may be a small file system of its own.
+        command.env("TMPDIR", folder.parent().unwrap_or(folder));
         match package.form {
             Form::Wheel => {
                 // One Python version and platform whatever the user runs, so that one checksum fits all. The cache

