@@ -1,0 +1,495 @@
+//! Decoder language models: one forward pass for training, scoring and generation.
+//!
+//! A layer does not know where its keys come from: it hands queries, keys and values to an [`Attend`], which is
+//! either the plan of a packed batch or a key/value cache.
+
+use crate::attention::packed_attention;
+use crate::batch::{AttentionPlan, PackedBatch};
+use crate::config::{Activation, Architecture, ModelConfig};
+use crate::load::{Pretrained, TensorSource};
+use crate::rope::Rope;
+use crate::sites::{Branch, Linear, Sites};
+use crate::{ModelError, Result};
+use pt_tensor::{DenseWeight, Device, Kind, LabelLogprobs, LabelOutput, Tensor, TensorError, Weight};
+use std::cell::RefCell;
+use std::rc::Rc;
+use std::sync::Arc;
+
+/// Where attention finds its keys and values.
+pub(crate) trait Attend {
+    /// `query: [tokens, num_heads, head_dim]`, `key`, `value`: `[tokens, num_kv_heads, head_dim]` of layer `layer`,
+    /// rotated; returns query's shape.
+    fn attend(&self, layer: usize, query: &Tensor, key: &Tensor, value: &Tensor) -> Result<Tensor>;
+}
+
+struct Packed {
+    plan: Arc<AttentionPlan>,
+    scale: f64,
+    window: Option<i64>,
+}
+
+impl Attend for Packed {
+    fn attend(&self, _layer: usize, query: &Tensor, key: &Tensor, value: &Tensor) -> Result<Tensor> {
+        packed_attention(query, key, value, &self.plan, self.scale, self.window)
+    }
+}
+
+/// A normalisation and the path of its parameters.
+#[derive(Debug)]
+struct Norm {
+    path: String,
+    weight: Tensor,
+    /// Layer norm where there is a bias, RMS norm where there is none.
+    bias: Option<Tensor>,
+    eps: f64,
+}
+
+impl Norm {
+    fn forward(&self, hidden_states: &Tensor, sites: &dyn Sites) -> Result<Tensor> {
+        let replaced = sites.parameter(&format!("{}.weight", self.path));
+        let weight = replaced.as_ref().unwrap_or(&self.weight);
+        Ok(match &self.bias {
+            None => pt_tensor::rms_norm(hidden_states, weight, self.eps)?,
+            Some(bias) => hidden_states
+                .f_layer_norm(weight.size(), Some(weight), Some(bias), self.eps, false)
+                ?,
+        })
+    }
+}
+
+/// The projections of attention: apart (Llama) or in one matrix (GPT-2).
+#[derive(Debug)]
+enum Qkv {
+    Separate([Linear; 3]),
+    Joint(Box<Linear>),
+}
+
+/// The feed-forward network.
+#[derive(Debug)]
+enum Mlp {
+    /// down(f(gate(x)) · up(x))
+    Gated([Linear; 3], Activation),
+    /// down(f(up(x)))
+    Plain([Linear; 2], Activation),
+}
+
+fn activate(activation: Activation, hidden_states: &Tensor) -> Tensor {
+    match activation {
+        Activation::Silu => hidden_states.silu(),
+        Activation::Gelu => hidden_states.gelu("none"),
+        Activation::GeluTanh => hidden_states.gelu("tanh"),
+        Activation::Relu => hidden_states.relu(),
+    }
+}
+
+#[derive(Debug)]
+struct Layer {
+    index: usize,
+    attention_norm: Norm,
+    qkv: Qkv,
+    output: Linear,
+    mlp_norm: Norm,
+    mlp: Mlp,
+    head_dim: i64,
+}
+
+impl Layer {
+    /// `hidden_states: [tokens, hidden_size]` → the same shape.
+    fn forward(&self, hidden_states: &Tensor, rotary: Option<&(Tensor, Tensor)>, attend: &dyn Attend, sites: &dyn Sites) -> Result<Tensor> {
+        let normed = self.attention_norm.forward(hidden_states, sites)?;
+        let heads = |t: Tensor| t.view([t.size()[0], -1, self.head_dim]); // [tokens, heads, head_dim]
+        let [mut query, mut key, value] = match &self.qkv {
+            Qkv::Separate([q, k, v]) => {
+                [heads(sites.linear(q, &normed)?), heads(sites.linear(k, &normed)?), heads(sites.linear(v, &normed)?)]
+            }
+            Qkv::Joint(joint) => {
+                let parts = sites.linear(joint, &normed)?.chunk(3, -1);
+                [0, 1, 2].map(|i| heads(parts[i].contiguous()))
+            }
+        };
+        if let Some((cos, sin)) = rotary {
+            query = pt_tensor::apply_rotary(&query, cos, sin)?;
+            key = pt_tensor::apply_rotary(&key, cos, sin)?;
+        }
+        let attended = attend.attend(self.index, &query, &key, &value)?;
+        let attended = attended.view([attended.size()[0], -1]);
+        let branch = sites.linear(&self.output, &attended)?;
+        let hidden_states = hidden_states + sites.branch(Branch::Attention, self.index, &normed, branch)?;
+
+        let normed = self.mlp_norm.forward(&hidden_states, sites)?;
+        let branch = match &self.mlp {
+            Mlp::Gated([gate, up, down], activation) => {
+                let (gate, up) = (sites.linear(gate, &normed)?, sites.linear(up, &normed)?);
+                let inner = match activation {
+                    Activation::Silu => pt_tensor::swiglu(&gate, &up)?,
+                    other => activate(*other, &gate) * up,
+                };
+                sites.linear(down, &inner)?
+            }
+            Mlp::Plain([up, down], activation) => sites.linear(down, &activate(*activation, &sites.linear(up, &normed)?))?,
+        };
+        let hidden_states = hidden_states + sites.branch(Branch::Mlp, self.index, &normed, branch)?;
+        sites.gap(self.index, hidden_states)
+    }
+
+    fn linears(&self) -> Vec<&Linear> {
+        let mut all: Vec<&Linear> = match &self.qkv {
+            Qkv::Separate(qkv) => qkv.iter().collect(),
+            Qkv::Joint(joint) => vec![joint],
+        };
+        all.push(&self.output);
+        match &self.mlp {
+            Mlp::Gated(parts, _) => all.extend(parts),
+            Mlp::Plain(parts, _) => all.extend(parts),
+        }
+        all
+    }
+
+    fn linears_mut(&mut self) -> Vec<&mut Linear> {
+        let mut all: Vec<&mut Linear> = match &mut self.qkv {
+            Qkv::Separate(qkv) => qkv.iter_mut().collect(),
+            Qkv::Joint(joint) => vec![joint],
+        };
+        all.push(&mut self.output);
+        match &mut self.mlp {
+            Mlp::Gated(parts, _) => all.extend(parts),
+            Mlp::Plain(parts, _) => all.extend(parts),
+        }
+        all
+    }
+}
+
+/// How a forward pass over a packed batch is run.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct RunOptions {
+    /// Keep only each layer's input and compute the layer again in the backward pass.
+    pub is_checkpointed: bool,
+}
+
+/// A decoder language model with frozen or trainable weights.
+#[derive(Debug)]
+pub struct CausalLm {
+    config: ModelConfig,
+    device: Device,
+    kind: Kind,
+    embed_path: &'static str,
+    embedding: Tensor,
+    /// GPT-2's learned positions, `[max_positions, hidden_size]`.
+    position_embedding: Option<Tensor>,
+    layers: Vec<Rc<Layer>>,
+    final_norm: Norm,
+    lm_head: Linear,
+    rope: Option<RefCell<Rope>>,
+}
+
+impl CausalLm {
+    /// Loads the weights of a checkpoint to `device` in `kind`, tensor by tensor.
+    ///
+    /// # Errors
+    /// [`ModelError`] for a tensor that is missing, has another shape than the config says, or is left over.
+    pub fn load(pretrained: &Pretrained, device: Device, kind: Kind) -> Result<Self> {
+        Self::from_source(&pretrained.config, pretrained.tensors.as_ref(), device, kind)
+    }
+
+    /// As [`load`](Self::load), from a config and any source of tensors by Hugging Face name.
+    ///
+    /// # Errors
+    /// As [`load`](Self::load).
+    pub fn from_source(config: &ModelConfig, source: &dyn TensorSource, device: Device, kind: Kind) -> Result<Self> {
+        let mut loader = Loader { config, source, device, kind, next_index: 0, used: Vec::new() };
+        let gpt2 = config.architecture == Architecture::Gpt2;
+        let (hidden, vocab) = (config.hidden_size, config.vocab_size);
+        let embed_path = if gpt2 { "transformer.wte.weight" } else { "model.embed_tokens.weight" };
+        let embedding = loader.tensor(embed_path, &[vocab, hidden])?;
+        let position_embedding = match gpt2 {
+            true => Some(loader.tensor("transformer.wpe.weight", &[config.max_position_embeddings, hidden])?),
+            false => None,
+        };
+        let layers = (0..config.num_layers as usize)
+            .map(|index| Ok(Rc::new(if gpt2 { loader.gpt2_layer(index)? } else { loader.llama_layer(index)? })))
+            .collect::<Result<Vec<_>>>()?;
+        let final_norm = loader.norm(if gpt2 { "transformer.ln_f" } else { "model.norm" }, gpt2)?;
+        let lm_head = if config.tie_word_embeddings {
+            loader.used.push("lm_head.weight".into());
+            let weight: Rc<dyn Weight> = Rc::new(DenseWeight::new(embedding.shallow_clone())?);
+            Linear { index: loader.take_index(), path: "lm_head".into(), weight, bias: None, is_transposed_in_file: false }
+        } else {
+            loader.linear("lm_head", hidden, vocab, false, false)?
+        };
+        loader.check_all_used()?;
+        let rope = (!gpt2).then(|| Rope::new(config, device)).transpose()?.map(RefCell::new);
+        Ok(Self { config: config.clone(), device, kind, embed_path, embedding, position_embedding, layers, final_norm, lm_head, rope })
+    }
+
+    /// What the checkpoint says of the architecture.
+    pub fn config(&self) -> &ModelConfig {
+        &self.config
+    }
+
+    /// Device of the weights.
+    pub fn device(&self) -> Device {
+        self.device
+    }
+
+    /// Kind of weights and activations.
+    pub fn kind(&self) -> Kind {
+        self.kind
+    }
+
+    /// All linear layers in index order; the output layer, tied or not, is the last.
+    pub fn linear_layers(&self) -> impl Iterator<Item = &Linear> {
+        self.layers.iter().flat_map(|layer| layer.linears()).chain(std::iter::once(&self.lm_head))
+    }
+
+    /// As [`linear_layers`](Self::linear_layers), to exchange weights (merging, quantization).
+    ///
+    /// # Errors
+    /// [`ModelError::InUse`] while a graph of a checkpointed forward pass still holds the layers.
+    pub fn linear_layers_mut(&mut self) -> Result<Vec<&mut Linear>> {
+        let mut all = Vec::new();
+        for layer in &mut self.layers {
+            all.extend(Rc::get_mut(layer).ok_or(ModelError::InUse)?.linears_mut());
+        }
+        all.push(&mut self.lm_head);
+        Ok(all)
+    }
+
+    /// Every parameter by its Hugging Face name, in the file's layout (a tied output layer is left out).
+    ///
+    /// # Errors
+    /// When a weight cannot be decoded to a dense tensor.
+    pub fn named_parameters(&self) -> Result<Vec<(String, Tensor)>> {
+        let mut all = vec![(self.embed_path.to_string(), self.embedding.shallow_clone())];
+        if let Some(positions) = &self.position_embedding {
+            all.push(("transformer.wpe.weight".into(), positions.shallow_clone()));
+        }
+        let mut norms: Vec<&Norm> = self.layers.iter().flat_map(|l| [&l.attention_norm, &l.mlp_norm]).collect();
+        norms.push(&self.final_norm);
+        for norm in norms {
+            all.push((format!("{}.weight", norm.path), norm.weight.shallow_clone()));
+            if let Some(bias) = &norm.bias {
+                all.push((format!("{}.bias", norm.path), bias.shallow_clone()));
+            }
+        }
+        for linear in self.linear_layers() {
+            if linear.path == "lm_head" && self.config.tie_word_embeddings {
+                continue;
+            }
+            let dense = linear.weight.dense()?;
+            all.push((format!("{}.weight", linear.path), if linear.is_transposed_in_file { dense.tr() } else { dense }));
+            if let Some(bias) = &linear.bias {
+                all.push((format!("{}.bias", linear.path), bias.shallow_clone()));
+            }
+        }
+        Ok(all)
+    }
+
+    /// A parameter by its Hugging Face name; for the output layer also where it is tied.
+    pub fn parameter(&self, path: &str) -> Option<Tensor> {
+        if path == "lm_head.weight" {
+            return self.lm_head.weight.dense().ok();
+        }
+        self.named_parameters().ok()?.into_iter().find(|(name, _)| name == path).map(|(_, tensor)| tensor)
+    }
+
+    /// Makes every weight a trained leaf, for full fine-tuning; returns them by name.
+    ///
+    /// # Errors
+    /// [`ModelError::Unsupported`] when a weight is stored quantized.
+    pub fn train_all(&mut self) -> Result<Vec<(String, Tensor)>> {
+        for (name, tensor) in self.named_parameters()? {
+            let is_dense = tensor.is_leaf() || name.contains("c_");
+            if !is_dense {
+                return Err(ModelError::Unsupported { what: format!("full fine-tuning of `{name}`, which is not a dense weight") });
+            }
+            let _ = tensor.set_requires_grad(true);
+        }
+        self.named_parameters()
+    }
+
+    /// Final hidden states before the last norm of all tokens of a batch: `[total_tokens, hidden_size]`.
+    fn run(&self, input_ids: &Tensor, positions: &Tensor, attend: Rc<dyn Attend>, sites: &Rc<dyn Sites>, options: RunOptions) -> Result<Tensor> {
+        let replaced = sites.parameter(self.embed_path);
+        let table = replaced.as_ref().unwrap_or(&self.embedding);
+        let mut hidden_states = Tensor::f_embedding(table, input_ids, -1, false, false)?.to_kind(self.kind);
+        if let Some(table) = &self.position_embedding {
+            hidden_states = hidden_states + table.f_index_select(0, positions)?;
+        }
+        hidden_states = sites.embedding(input_ids, hidden_states)?;
+        let rotary = self.rope.as_ref().map(|rope| rope.borrow_mut().at(positions)).transpose()?;
+        for layer in &self.layers {
+            hidden_states = if options.is_checkpointed {
+                // A reentrant checkpoint needs an input that asks for a gradient, also below the first adapter.
+                if !hidden_states.requires_grad() {
+                    hidden_states = hidden_states.detach().set_requires_grad(true);
+                }
+                let (layer, attend, sites) = (layer.clone(), attend.clone(), sites.clone());
+                let rotary = rotary.as_ref().map(|(cos, sin)| (cos.shallow_clone(), sin.shallow_clone()));
+                pt_tensor::checkpoint(&[&hidden_states], move |inputs| {
+                    layer.forward(&inputs[0], rotary.as_ref(), attend.as_ref(), sites.as_ref()).map_err(|e| match e {
+                        ModelError::Tensor(e) => e,
+                        other => TensorError::Backward(other.to_string()),
+                    })
+                })?
+            } else {
+                layer.forward(&hidden_states, rotary.as_ref(), attend.as_ref(), sites.as_ref())?
+            };
+        }
+        Ok(hidden_states)
+    }
+
+    fn packed(&self, batch: &PackedBatch) -> Rc<dyn Attend> {
+        Rc::new(Packed { plan: batch.plan.clone(), scale: self.attention_scale(), window: self.config.sliding_window })
+    }
+
+    pub(crate) fn attention_scale(&self) -> f64 {
+        1.0 / (self.config.head_dim as f64).sqrt()
+    }
+
+    /// Normed hidden states of all tokens, `[total_tokens, hidden_size]`.
+    ///
+    /// # Errors
+    /// When a shape does not fit or a sequence is longer than the context.
+    pub fn hidden_states(&self, batch: &PackedBatch, sites: &Rc<dyn Sites>, options: RunOptions) -> Result<Tensor> {
+        let hidden_states = self.run(&batch.input_ids, &batch.positions, self.packed(batch), sites, options)?;
+        self.final_norm.forward(&hidden_states, sites.as_ref())
+    }
+
+    /// Log-probs of a batch's labels, `[num_labels]`; only the states that predict are normed and projected.
+    ///
+    /// # Errors
+    /// As [`hidden_states`](Self::hidden_states).
+    pub fn label_logprobs(&self, batch: &PackedBatch, sites: &Rc<dyn Sites>, run: RunOptions, options: &LabelLogprobs) -> Result<LabelOutput> {
+        let hidden_states = self.run(&batch.input_ids, &batch.positions, self.packed(batch), sites, run)?;
+        let predictors = hidden_states.f_index_select(0, &batch.label_positions)?;
+        let predictors = self.final_norm.forward(&predictors, sites.as_ref())?;
+        let weight = match sites.parameter("lm_head.weight") {
+            Some(weight) => weight.to_kind(self.kind),
+            None => self.lm_head.weight.dense()?,
+        };
+        Ok(pt_tensor::label_logprobs(&predictors, &weight, &batch.label_ids, options)?)
+    }
+
+    /// Logits of normed hidden states, `[.., vocab_size]`: for sampling and tests, not for training.
+    ///
+    /// # Errors
+    /// When the shapes do not fit.
+    pub fn logits(&self, hidden_states: &Tensor, sites: &dyn Sites) -> Result<Tensor> {
+        match sites.parameter("lm_head.weight") {
+            Some(weight) => Ok(hidden_states.f_linear(&weight.to_kind(self.kind), None::<Tensor>)?),
+            None => sites.linear(&self.lm_head, hidden_states),
+        }
+    }
+
+    /// One step over a cache: `[tokens]` ids at positions → logits of `last` tokens, `[last.len(), vocab_size]`.
+    pub(crate) fn step(&self, input_ids: &Tensor, positions: &Tensor, attend: Rc<dyn Attend>, last: Option<&Tensor>, sites: &Rc<dyn Sites>) -> Result<Tensor> {
+        let mut hidden_states = self.run(input_ids, positions, attend, sites, RunOptions::default())?;
+        if let Some(last) = last {
+            hidden_states = hidden_states.index_select(0, last);
+        }
+        let normed = self.final_norm.forward(&hidden_states, sites.as_ref())?;
+        self.logits(&normed, sites.as_ref())
+    }
+}
+
+/// Takes tensors out of a source, checks shapes, and remembers what was used.
+struct Loader<'a> {
+    config: &'a ModelConfig,
+    source: &'a dyn TensorSource,
+    device: Device,
+    kind: Kind,
+    next_index: usize,
+    used: Vec<String>,
+}
+
+impl Loader<'_> {
+    fn take_index(&mut self) -> usize {
+        self.next_index += 1;
+        self.next_index - 1
+    }
+
+    fn tensor(&mut self, name: &str, shape: &[i64]) -> Result<Tensor> {
+        let tensor = self.source.tensor(name, self.kind, self.device)?;
+        if tensor.size() != shape {
+            return Err(ModelError::Shape {
+                path: self.source.path().to_path_buf(),
+                name: name.into(),
+                found: tensor.size(),
+                expected: shape.to_vec(),
+            });
+        }
+        self.used.push(name.into());
+        Ok(tensor)
+    }
+
+    fn linear(&mut self, path: &str, input: i64, output: i64, has_bias: bool, is_transposed_in_file: bool) -> Result<Linear> {
+        let name = format!("{path}.weight");
+        let weight = if is_transposed_in_file {
+            self.tensor(&name, &[input, output])?.tr().contiguous()
+        } else {
+            self.tensor(&name, &[output, input])?
+        };
+        let bias = has_bias.then(|| self.tensor(&format!("{path}.bias"), &[output])).transpose()?;
+        let weight = Rc::new(DenseWeight::new(weight)?);
+        Ok(Linear { index: self.take_index(), path: path.into(), weight, bias, is_transposed_in_file })
+    }
+
+    fn norm(&mut self, path: &str, has_bias: bool) -> Result<Norm> {
+        let hidden = [self.config.hidden_size];
+        let weight = self.tensor(&format!("{path}.weight"), &hidden)?;
+        let bias = has_bias.then(|| self.tensor(&format!("{path}.bias"), &hidden)).transpose()?;
+        Ok(Norm { path: path.into(), weight, bias, eps: self.config.norm_eps })
+    }
+
+    fn llama_layer(&mut self, index: usize) -> Result<Layer> {
+        let config = self.config;
+        let path = format!("model.layers.{index}");
+        let (hidden, inner) = (config.hidden_size, config.intermediate_size);
+        let queries = config.num_heads * config.head_dim;
+        let keys = config.num_kv_heads * config.head_dim;
+        let attention_norm = self.norm(&format!("{path}.input_layernorm"), false)?;
+        let bias = config.qkv_bias;
+        let mut linear = |part: &str, input, output, bias| self.linear(&format!("{path}.{part}"), input, output, bias, false);
+        let qkv = Qkv::Separate([
+            linear("self_attn.q_proj", hidden, queries, bias)?,
+            linear("self_attn.k_proj", hidden, keys, bias)?,
+            linear("self_attn.v_proj", hidden, keys, bias)?,
+        ]);
+        let output = linear("self_attn.o_proj", queries, hidden, config.attention_output_bias)?;
+        let mlp = Mlp::Gated([
+            linear("mlp.gate_proj", hidden, inner, config.mlp_bias)?,
+            linear("mlp.up_proj", hidden, inner, config.mlp_bias)?,
+            linear("mlp.down_proj", inner, hidden, config.mlp_bias)?,
+        ], config.hidden_act);
+        let mlp_norm = self.norm(&format!("{path}.post_attention_layernorm"), false)?;
+        Ok(Layer { index, attention_norm, qkv, output, mlp_norm, mlp, head_dim: config.head_dim })
+    }
+
+    fn gpt2_layer(&mut self, index: usize) -> Result<Layer> {
+        let path = format!("transformer.h.{index}");
+        let (hidden, inner) = (self.config.hidden_size, self.config.intermediate_size);
+        let attention_norm = self.norm(&format!("{path}.ln_1"), true)?;
+        let mut linear = |part: &str, input, output| self.linear(&format!("{path}.{part}"), input, output, true, true);
+        let qkv = Qkv::Joint(Box::new(linear("attn.c_attn", hidden, 3 * hidden)?));
+        let output = linear("attn.c_proj", hidden, hidden)?;
+        let mlp = Mlp::Plain([linear("mlp.c_fc", hidden, inner)?, linear("mlp.c_proj", inner, hidden)?], self.config.hidden_act);
+        let mlp_norm = self.norm(&format!("{path}.ln_2"), true)?;
+        Ok(Layer { index, attention_norm, qkv, output, mlp_norm, mlp, head_dim: self.config.head_dim })
+    }
+
+    /// Strict loading: a tensor that nothing used means that the architecture is not the one we think.
+    fn check_all_used(&self) -> Result<()> {
+        let is_known = |name: &str| {
+            self.used.iter().any(|used| used == name)
+                // Buffers that old checkpoints carry: causal masks and rotary frequencies.
+                || name.ends_with(".attn.bias")
+                || name.ends_with(".attn.masked_bias")
+                || name.ends_with(".rotary_emb.inv_freq")
+        };
+        let extra: Vec<String> = self.source.names().into_iter().filter(|name| !is_known(name)).collect();
+        if extra.is_empty() {
+            return Ok(());
+        }
+        Err(ModelError::UnexpectedTensors { path: self.source.path().to_path_buf(), names: extra })
+    }
+}

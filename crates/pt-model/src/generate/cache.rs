@@ -1,0 +1,112 @@
+//! Keys and values of the tokens so far, in buffers that are made once and never grow.
+
+use crate::attention::packed_attention;
+use crate::batch::{AttentionPlan, Segment};
+use crate::decoder::{Attend, CausalLm};
+use crate::Result;
+use pt_tensor::Tensor;
+use std::sync::Arc;
+use std::rc::Rc;
+
+/// Per layer `[rows, capacity, num_kv_heads, head_dim]` keys and values.
+#[derive(Debug)]
+pub(super) struct Cache {
+    layers: Vec<(Tensor, Tensor)>,
+    scale: f64,
+    window: Option<i64>,
+}
+
+impl Cache {
+    pub(super) fn new(model: &CausalLm, rows: usize, capacity: usize) -> Self {
+        let config = model.config();
+        let size = [rows as i64, capacity as i64, config.num_kv_heads, config.head_dim];
+        let buffer = || Tensor::empty(size, (model.kind(), model.device()));
+        let layers = (0..config.num_layers).map(|_| (buffer(), buffer())).collect();
+        Self { layers, scale: model.attention_scale(), window: config.sliding_window }
+    }
+}
+
+/// Prompts, packed, each written to the rows of its samples.
+#[derive(Debug)]
+pub(super) struct Prefill {
+    cache: Rc<Cache>,
+    plan: Arc<AttentionPlan>,
+    num_samples: i64,
+}
+
+impl Prefill {
+    pub(super) fn new(cache: Rc<Cache>, lengths: Vec<i64>, num_samples: i64) -> Self {
+        let mut start = 0;
+        let segments = lengths
+            .iter()
+            .map(|len| {
+                start += len;
+                Segment { prefix: start - len..start - len, tokens: start - len..start }
+            })
+            .collect();
+        Self { cache, plan: Arc::new(AttentionPlan { segments }), num_samples }
+    }
+}
+
+impl Attend for Prefill {
+    fn attend(&self, layer: usize, query: &Tensor, key: &Tensor, value: &Tensor) -> Result<Tensor> {
+        let (keys, values) = &self.cache.layers[layer];
+        for (prompt, segment) in self.plan.segments.iter().enumerate() {
+            let (start, len) = (segment.tokens.start, segment.tokens.end - segment.tokens.start);
+            for (buffer, new) in [(keys, key), (values, value)] {
+                // [samples, len, kv_heads, head_dim] ← [len, kv_heads, head_dim]
+                let mut rows = buffer.narrow(0, prompt as i64 * self.num_samples, self.num_samples).narrow(1, 0, len);
+                rows.f_copy_(&new.narrow(0, start, len).unsqueeze(0).expand_as(&rows))?;
+            }
+        }
+        packed_attention(query, key, value, &self.plan, self.cache.scale, self.cache.window)
+    }
+}
+
+/// One new token per active row.
+#[derive(Debug)]
+pub(super) struct Decode {
+    cache: Rc<Cache>,
+    rows: Vec<i64>,
+    positions: Vec<i64>,
+    /// `(first, count)` of neighbouring rows of equal length, which attend in one call.
+    runs: Vec<(usize, usize)>,
+}
+
+impl Decode {
+    pub(super) fn new(cache: Rc<Cache>, rows: Vec<i64>, positions: Vec<i64>) -> Self {
+        let mut runs: Vec<(usize, usize)> = Vec::new();
+        for i in 0..rows.len() {
+            match runs.last_mut() {
+                Some((first, count)) if positions[*first] == positions[i] && rows[*first] + *count as i64 == rows[i] => *count += 1,
+                _ => runs.push((i, 1)),
+            }
+        }
+        Self { cache, rows, positions, runs }
+    }
+}
+
+impl Attend for Decode {
+    fn attend(&self, layer: usize, query: &Tensor, key: &Tensor, value: &Tensor) -> Result<Tensor> {
+        let (keys, values) = &self.cache.layers[layer];
+        let (num_heads, head_dim) = (query.size()[1], query.size()[2]);
+        let kv_heads = key.size()[1];
+        let mut outputs = Vec::with_capacity(self.runs.len());
+        for &(first, count) in &self.runs {
+            let (row, position, count) = (self.rows[first], self.positions[first], count as i64);
+            let first = first as i64;
+            for (buffer, new) in [(keys, key), (values, value)] {
+                buffer.narrow(0, row, count).narrow(1, position, 1).f_copy_(&new.narrow(0, first, count).unsqueeze(1))?;
+            }
+            let start = self.cache.window.map_or(0, |window| (position + 1 - window).max(0));
+            let seen = |buffer: &Tensor| buffer.narrow(0, row, count).narrow(1, start, position + 1 - start).transpose(1, 2);
+            // A key head serves a run of query heads: they take the place of query positions.
+            let grouped = query.narrow(0, first, count).view([count, kv_heads, num_heads / kv_heads, head_dim]);
+            let output = Tensor::f_scaled_dot_product_attention(
+                &grouped, &seen(keys), &seen(values), None::<&Tensor>, 0.0, false, self.cache.scale, false,
+            )?;
+            outputs.push(output.reshape([count, num_heads, head_dim]));
+        }
+        Ok(if outputs.len() == 1 { outputs.remove(0) } else { Tensor::cat(&outputs, 0) })
+    }
+}

@@ -1,0 +1,228 @@
+//! Opens a checkpoint: a Hugging Face folder or a `.gguf` file, with its configuration, tokenizer, chat template and
+//! tensors under the names of the Hugging Face checkpoint.
+
+use crate::chat_template::ChatTemplate;
+use crate::config::{Architecture, ModelConfig};
+use crate::error::nearest;
+use crate::gguf::{Gguf, Layout, Placement, deinterleave_heads, placement};
+use crate::tokenizer::Tokenizer;
+use crate::{ModelError, Result};
+use pt_tensor::io::SafetensorsReader;
+use pt_tensor::{Device, Kind, Tensor, TensorError};
+use std::collections::BTreeMap;
+use std::fmt::Debug;
+use std::path::{Path, PathBuf};
+
+/// Tensors by the names of a Hugging Face checkpoint, read when asked for.
+pub trait TensorSource: Debug + Send + Sync {
+    /// The folder or file that the tensors come from, for messages.
+    fn path(&self) -> &Path;
+
+    /// All names, sorted.
+    fn names(&self) -> Vec<String>;
+
+    /// Shape of a tensor, or `None` when it is not there.
+    fn shape(&self, name: &str) -> Option<Vec<i64>>;
+
+    /// A tensor, converted to `kind`, on `device`.
+    ///
+    /// # Errors
+    /// [`ModelError::MissingTensor`], or that of reading it.
+    fn tensor(&self, name: &str, kind: Kind, device: Device) -> Result<Tensor>;
+}
+
+/// An opened checkpoint. No weight has been read yet.
+#[derive(Debug)]
+pub struct Pretrained {
+    /// The folder or file.
+    pub path: PathBuf,
+    /// Shape and constants of the model.
+    pub config: ModelConfig,
+    /// The tokenizer, where the checkpoint has one.
+    pub tokenizer: Option<Tokenizer>,
+    /// The chat template, where the checkpoint has one.
+    pub chat_template: Option<ChatTemplate>,
+    /// The weights.
+    pub tensors: Box<dyn TensorSource>,
+}
+
+impl Pretrained {
+    /// Opens a Hugging Face folder or a `.gguf` file.
+    ///
+    /// # Errors
+    /// [`ModelError::NotAModel`] for a path that is neither, [`ModelError::Read`] for a file (a missing shard, say)
+    /// that cannot be read, and those of the parts.
+    pub fn open(path: impl AsRef<Path>) -> Result<Self> {
+        let path = path.as_ref();
+        if path.is_dir() {
+            return Self::open_folder(path);
+        }
+        if path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("gguf")) {
+            return Self::open_gguf(path);
+        }
+        match std::fs::metadata(path) {
+            Err(source) => Err(ModelError::Read { path: path.into(), source }),
+            Ok(_) => Err(ModelError::NotAModel { path: path.into(), reason: "neither a folder nor a .gguf file".into() }),
+        }
+    }
+
+    fn open_folder(path: &Path) -> Result<Self> {
+        if !path.join("config.json").exists() {
+            return Err(ModelError::NotAModel { path: path.into(), reason: "the folder has no config.json".into() });
+        }
+        let config = ModelConfig::from_file(&path.join("config.json"))?;
+        let tokenizer = path.join("tokenizer.json").exists().then(|| Tokenizer::from_file(path)).transpose()?;
+        let chat_template = ChatTemplate::from_folder(path)?;
+        let tensors = Box::new(FolderTensors::open(path, &config)?);
+        Ok(Self { path: path.into(), config, tokenizer, chat_template, tensors })
+    }
+
+    fn open_gguf(path: &Path) -> Result<Self> {
+        let gguf = Gguf::open(path)?;
+        let vocab_size = gguf.info("token_embd.weight")?.shape[0];
+        let is_tied = !gguf.tensors().contains_key("output.weight");
+        let config = ModelConfig::from_gguf(path, gguf.metadata(), is_tied, vocab_size)?;
+        let tokenizer = Tokenizer::from_gguf(path, gguf.metadata())?;
+        let chat_template = match gguf.metadata().text(path, "tokenizer.chat_template")? {
+            Some(source) => {
+                let (bos, eos) = tokenizer.as_ref().map_or((None, None), |t| (t.bos_token(), t.eos_token()));
+                Some(ChatTemplate::new(source, bos, eos)?)
+            }
+            None => None,
+        };
+        let tensors = Box::new(GgufTensors::new(gguf, &config)?);
+        Ok(Self { path: path.into(), config, tokenizer, chat_template, tensors })
+    }
+}
+
+/// Reads a JSON file.
+pub(crate) fn read_json(path: &Path) -> Result<serde_json::Value> {
+    let bytes = std::fs::read(path).map_err(|source| ModelError::Read { path: path.into(), source })?;
+    serde_json::from_slice(&bytes).map_err(|source| ModelError::Json { path: path.into(), source })
+}
+
+/// Reads a JSON file that may be absent.
+pub(crate) fn read_json_if_there(path: &Path) -> Result<Option<serde_json::Value>> {
+    if path.exists() { read_json(path).map(Some) } else { Ok(None) }
+}
+
+/// Safetensors of a folder.
+#[derive(Debug)]
+struct FolderTensors {
+    reader: SafetensorsReader,
+    /// Name asked for → name in the files.
+    stored: BTreeMap<String, String>,
+}
+
+impl FolderTensors {
+    fn open(path: &Path, config: &ModelConfig) -> Result<Self> {
+        let has = |name: &str| path.join(name).exists();
+        if !has("model.safetensors") && !has("model.safetensors.index.json") {
+            let reason = if has("pytorch_model.bin") || has("pytorch_model.bin.index.json") {
+                "weights only as pytorch_model.bin, a pickle, which is never read; save them as safetensors"
+            } else {
+                "no model.safetensors and no model.safetensors.index.json"
+            };
+            return Err(ModelError::NotAModel { path: path.into(), reason: reason.into() });
+        }
+        let reader = SafetensorsReader::open(path)?;
+        let is_gpt2 = config.architecture == Architecture::Gpt2;
+        let stored = reader.names().filter_map(|name| {
+            // Constants that old releases saved among the weights.
+            let is_buffer = name.ends_with("rotary_emb.inv_freq")
+                || (is_gpt2 && (name.ends_with(".attn.bias") || name.ends_with(".attn.masked_bias")));
+            let is_bare = is_gpt2 && !name.starts_with("transformer.") && !name.starts_with("lm_head.");
+            let asked = if is_bare { format!("transformer.{name}") } else { name.to_string() };
+            (!is_buffer).then(|| (asked, name.to_string()))
+        });
+        let stored = stored.collect();
+        Ok(Self { reader, stored })
+    }
+}
+
+impl TensorSource for FolderTensors {
+    fn path(&self) -> &Path {
+        self.reader.path()
+    }
+
+    fn names(&self) -> Vec<String> {
+        self.stored.keys().cloned().collect()
+    }
+
+    fn shape(&self, name: &str) -> Option<Vec<i64>> {
+        self.reader.shape(self.stored.get(name)?).map(<[i64]>::to_vec)
+    }
+
+    fn tensor(&self, name: &str, kind: Kind, device: Device) -> Result<Tensor> {
+        let stored = self.stored.get(name).ok_or_else(|| missing(self.reader.path(), name, self.stored.keys()))?;
+        // Converted before it crosses to the device: the smaller of the two makes the trip in the common case.
+        let tensor = self.reader.tensor(stored, Device::Cpu)?;
+        Ok(tensor.f_to_kind(kind)?.f_to_device(device)?)
+    }
+}
+
+fn missing<'a>(path: &Path, name: &str, known: impl IntoIterator<Item = &'a String>) -> ModelError {
+    let near = nearest(name, known.into_iter().map(String::as_str));
+    ModelError::MissingTensor { path: path.into(), name: name.into(), near }
+}
+
+/// Tensors of a GGUF file, renamed and put back into the checkpoint's layout.
+#[derive(Debug)]
+struct GgufTensors {
+    gguf: Gguf,
+    /// Name asked for → name in the file and layout there.
+    stored: BTreeMap<String, (String, Layout)>,
+}
+
+impl GgufTensors {
+    fn new(gguf: Gguf, config: &ModelConfig) -> Result<Self> {
+        let mut stored = BTreeMap::new();
+        for name in gguf.tensors().keys() {
+            let Some(Placement { name: asked, layout }) = placement(name, config) else {
+                let reason = match name.as_str() {
+                    "rope_freqs.weight" => "it stretches its rotary frequencies by a table, which is not supported yet".into(),
+                    _ => format!("tensor `{name}` has no place in a {} model", config.architecture.model_type()),
+                };
+                return Err(ModelError::NotAModel { path: gguf.path().into(), reason });
+            };
+            stored.insert(asked, (name.clone(), layout));
+        }
+        Ok(Self { gguf, stored })
+    }
+}
+
+impl TensorSource for GgufTensors {
+    fn path(&self) -> &Path {
+        self.gguf.path()
+    }
+
+    fn names(&self) -> Vec<String> {
+        self.stored.keys().cloned().collect()
+    }
+
+    fn shape(&self, name: &str) -> Option<Vec<i64>> {
+        let (stored, layout) = self.stored.get(name)?;
+        let mut shape = self.gguf.tensors().get(stored)?.shape.clone();
+        if *layout == Layout::Transposed {
+            shape.reverse();
+        }
+        Some(shape)
+    }
+
+    fn tensor(&self, name: &str, kind: Kind, device: Device) -> Result<Tensor> {
+        let (stored, layout) =
+            self.stored.get(name).ok_or_else(|| missing(self.gguf.path(), name, self.stored.keys()))?;
+        let info = self.gguf.info(stored)?;
+        let mut bytes = self.gguf.bytes(stored)?;
+        if let Layout::InterleavedHeads { num_heads } = *layout {
+            bytes = deinterleave_heads(&bytes, info.shape[0], num_heads).ok_or_else(|| {
+                let expected = format!("rows in {num_heads} heads of even width");
+                TensorError::Shape { what: format!("tensor `{stored}`"), found: info.shape.clone(), expected }
+            })?;
+        }
+        let elements = self.gguf.dequantize_bytes(stored, info, &bytes)?;
+        let tensor = Tensor::f_from_slice(&elements)?.f_view(info.shape.as_slice())?;
+        let tensor = if *layout == Layout::Transposed { tensor.f_t_copy()?.f_contiguous()? } else { tensor };
+        Ok(tensor.f_to_kind(kind)?.f_to_device(device)?)
+    }
+}

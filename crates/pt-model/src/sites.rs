@@ -1,0 +1,91 @@
+//! Where parameter-efficient methods attach: the named places of a model that a method may change.
+//!
+//! A model runs over frozen weights and asks a [`Sites`] value at every such place. Policy, reference, reward
+//! model and critic are one model run with different `Sites`: the reference is the policy without its adapter.
+
+use crate::Result;
+use pt_tensor::{Tensor, Weight};
+use std::rc::Rc;
+
+/// A linear layer and its place: the module path of the Hugging Face checkpoint and a running index.
+#[derive(Debug)]
+pub struct Linear {
+    /// Position among the model's linear layers; methods index their own tables by it.
+    pub index: usize,
+    /// Module path, such as `model.layers.0.self_attn.q_proj`.
+    pub path: String,
+    /// The weight, `[out_features, in_features]`.
+    pub weight: Rc<dyn Weight>,
+    /// `[out_features]`, or none.
+    pub bias: Option<Tensor>,
+    /// Whether the checkpoint stores the transposed weight (GPT-2's Conv1D; PEFT's `fan_in_fan_out`).
+    pub is_transposed_in_file: bool,
+}
+
+impl Linear {
+    /// The layer without any method: `[.., in_features]` → `[.., out_features]`.
+    ///
+    /// # Errors
+    /// When the shapes do not fit.
+    pub fn forward(&self, hidden_states: &Tensor) -> Result<Tensor> {
+        Ok(self.weight.project(hidden_states, self.bias.as_ref())?)
+    }
+}
+
+/// The two residual branches of a layer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Branch {
+    /// Self-attention and its output projection.
+    Attention,
+    /// The feed-forward network.
+    Mlp,
+}
+
+/// What a method does at each place; the defaults leave the model as it is.
+///
+/// Law: a method at its neutral start (LoRA with B = 0, say) gives the values of [`Bare`].
+pub trait Sites: std::fmt::Debug {
+    /// A linear layer: `[.., in_features]` → `[.., out_features]`.
+    ///
+    /// # Errors
+    /// When the shapes do not fit.
+    fn linear(&self, layer: &Linear, hidden_states: &Tensor) -> Result<Tensor> {
+        layer.forward(hidden_states)
+    }
+
+    /// The input embedding, `[total_tokens, hidden_size]`, for `input_ids: [total_tokens]`.
+    ///
+    /// # Errors
+    /// When the shapes do not fit.
+    fn embedding(&self, _input_ids: &Tensor, embeddings: Tensor) -> Result<Tensor> {
+        Ok(embeddings)
+    }
+
+    /// The output of a residual branch of layer `layer`, before it is added; `input` is what the branch read.
+    ///
+    /// # Errors
+    /// When the shapes do not fit.
+    fn branch(&self, _branch: Branch, _layer: usize, _input: &Tensor, output: Tensor) -> Result<Tensor> {
+        Ok(output)
+    }
+
+    /// The hidden states between layer `layer` and the next.
+    ///
+    /// # Errors
+    /// When the shapes do not fit.
+    fn gap(&self, _layer: usize, hidden_states: Tensor) -> Result<Tensor> {
+        Ok(hidden_states)
+    }
+
+    /// A replacement for a whole parameter outside the linear layers, by its path (`model.embed_tokens.weight`,
+    /// `lm_head.weight`, a norm): how `modules_to_save` takes effect.
+    fn parameter(&self, _path: &str) -> Option<Tensor> {
+        None
+    }
+}
+
+/// The model as it is.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Bare;
+
+impl Sites for Bare {}

@@ -1,0 +1,27 @@
+//! Against transformers' numbers, and equalities that every batch must keep.
+
+mod golden;
+mod invariance;
+mod smollm2;
+
+use pt_model::{Bare, CausalLm, Pretrained, Sites};
+use pt_tensor::{Device, Kind, Tensor};
+use std::path::PathBuf;
+use std::rc::Rc;
+
+fn fixtures() -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../fixtures")
+}
+
+fn tiny(case: &str, kind: Kind) -> CausalLm {
+    let pretrained = Pretrained::open(fixtures().join("models").join(case).join("model")).unwrap();
+    CausalLm::load(&pretrained, Device::Cpu, kind).unwrap()
+}
+
+fn bare() -> Rc<dyn Sites> {
+    Rc::new(Bare)
+}
+
+fn max_error(a: &Tensor, b: &Tensor) -> f64 {
+    (a.to_kind(Kind::Double) - b.to_kind(Kind::Double)).abs().max().double_value(&[])
+}
