@@ -1,7 +1,7 @@
 //! One pinned package file: fetched by pip, checked, and fetched anew if it came broken.
 
 use std::fs::{self, File};
-use std::io::{self, Read};
+use std::io::{self, IsTerminal, Read};
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 
@@ -48,6 +48,13 @@ impl Source for Pip {
         let mut command = self.python.command();
         // pip writes to its temporary folder first; that may be a small file system of its own.
         command.env("TMPDIR", folder.parent().unwrap_or(folder));
+        // On a terminal pip shows its bar; it prints that to its standard output, ours may be data.
+        let is_terminal = io::stderr().is_terminal();
+        command.stdout(if is_terminal {
+            Stdio::from(io::stderr())
+        } else {
+            Stdio::null()
+        });
         match package.form {
             Form::Wheel => {
                 // One Python version and platform whatever the user runs, so that one checksum fits all. The cache
@@ -61,7 +68,7 @@ impl Source for Pip {
                         "--only-binary=:all:",
                         "--no-cache-dir",
                     ])
-                    .args(["--progress-bar", "off", "--quiet", "--retries", "3"])
+                    .args(["--retries", "3"])
                     .args([
                         "--python-version",
                         "3.11",
@@ -70,6 +77,9 @@ impl Source for Pip {
                         "--abi",
                         "cp311",
                     ]);
+                if !is_terminal {
+                    command.args(["--progress-bar", "off", "--quiet"]);
+                }
                 for platform in &package.platforms {
                     command.args(["--platform", platform]);
                 }
@@ -86,14 +96,14 @@ impl Source for Pip {
                     .arg(folder);
             }
         }
-        let output =
-            command
-                .stdout(Stdio::null())
-                .output()
-                .map_err(|error| FetchError::Download {
-                    package: package.requirement(),
-                    detail: error.to_string(),
-                })?;
+        let output = command
+            .stderr(Stdio::piped())
+            .spawn()
+            .and_then(std::process::Child::wait_with_output);
+        let output = output.map_err(|error| FetchError::Download {
+            package: package.requirement(),
+            detail: error.to_string(),
+        })?;
         if output.status.success() {
             return Ok(());
         }

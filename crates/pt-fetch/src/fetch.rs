@@ -112,11 +112,17 @@ fn finish(entry: &Entry, partial: &Path, folder: &Path) -> Result<()> {
     })?;
     write_synced(&partial.join(STAMP), stamp.as_bytes())?;
 
-    // A folder of older pins, or one that someone damaged, makes room.
+    // A folder of older pins, or one that someone damaged, makes room; it is gone for an instant only.
+    let old = partial.with_extension("old");
     if folder.exists() {
-        fs::remove_dir_all(folder).map_err(FetchError::io("delete", folder))?;
+        empty_folder(&old)?;
+        fs::rename(folder, &old).map_err(FetchError::io("move aside", folder))?;
     }
-    fs::rename(partial, folder).map_err(FetchError::io("rename into place", folder))
+    fs::rename(partial, folder).map_err(FetchError::io("rename into place", folder))?;
+    if old.exists() {
+        fs::remove_dir_all(&old).map_err(FetchError::io("delete", &old))?;
+    }
+    Ok(())
 }
 
 /// Whether `folder` holds what `entry` pins, with every large file at its full size.
@@ -231,6 +237,17 @@ mod tests {
             fs::read_to_string(folder.join("lib/libtorch.so")).unwrap(),
             "INPUT(-lx)\n"
         );
+    }
+
+    #[test]
+    fn a_new_folder_replaces_a_damaged_one() {
+        let (root, folder) = finished();
+        fs::write(folder.join("large.bin"), "short").unwrap();
+        let partial = root.path().join(".tiny.partial");
+        fs::create_dir(&partial).unwrap();
+        finish(&entry(), &partial, &folder).unwrap();
+        assert!(is_complete(&entry(), &folder));
+        assert_eq!(fs::read_dir(root.path()).unwrap().count(), 1);
     }
 
     #[test]
