@@ -2,10 +2,15 @@
 #![forbid(unsafe_code)]
 
 pub mod config;
+pub mod data;
+pub mod encoder;
 mod error;
 pub mod metrics;
+pub mod report;
 pub mod run_dir;
 pub mod schedule;
+pub mod sft;
+pub mod step;
 pub mod tensorboard;
 
 pub use error::{Origin, Result, TrainError};

@@ -1,0 +1,427 @@
+//! The pre-flight: what a data set will train, known before the first step.
+//!
+//! Faults that would train silently to nothing are refused or dropped with a count, as [`DataConfig`] says;
+//! everything that was done to the rows stands in the [`PreflightSummary`].
+
+use std::collections::{BTreeMap, HashSet};
+use std::fmt::Write as _;
+
+use pt_model::PromptGroup;
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+
+use super::groups::{DataConfig, Fit, OnEmpty, TooLong, fit, row_to_group};
+use super::{Encode, Row};
+use crate::error::{Origin, Result, TrainError};
+
+/// Counts of one source. Lengths are in tokens, of the rows that are kept.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SourceSummary {
+    /// Name of the source.
+    pub name: String,
+    /// Rows read.
+    pub rows: usize,
+    /// Rows that will be trained.
+    pub kept: usize,
+    /// Rows longer than the limit, whatever became of them.
+    pub over_long: usize,
+    /// Rows cut to the limit, and kept.
+    pub truncated: usize,
+    /// Rows left out because of their length.
+    pub dropped_long: usize,
+    /// Rows left out because nothing in them would be trained.
+    pub dropped_empty: usize,
+    /// Rows whose tokens equal those of an earlier row, in any source.
+    pub duplicates: usize,
+    /// Rows left out as duplicates.
+    pub dropped_duplicates: usize,
+    /// Kept rows that train a token that ends a turn.
+    pub stop_trained: usize,
+    /// Tokens of all kept rows.
+    pub tokens: usize,
+    /// Trained tokens of all kept rows.
+    pub labels: usize,
+    /// Shortest kept row.
+    pub length_min: usize,
+    /// Half of the kept rows are no longer than this.
+    pub length_median: usize,
+    /// 95 % of the kept rows are no longer than this.
+    pub length_p95: usize,
+    /// Longest kept row.
+    pub length_max: usize,
+}
+
+/// What the pre-flight found, for the report and for machines.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PreflightSummary {
+    /// The limit that was applied, in tokens.
+    pub max_length: usize,
+    /// One entry a source, in the order of reading.
+    pub sources: Vec<SourceSummary>,
+    /// Things worth a look that do not stop a run.
+    pub warnings: Vec<String>,
+}
+
+impl PreflightSummary {
+    /// Rows that will be trained.
+    pub fn kept(&self) -> usize {
+        self.sources.iter().map(|source| source.kept).sum()
+    }
+
+    /// Tokens that will be trained in one epoch.
+    pub fn labels(&self) -> usize {
+        self.sources.iter().map(|source| source.labels).sum()
+    }
+
+    /// A table for a terminal, one line a source, then the warnings.
+    pub fn to_text(&self) -> String {
+        let width = self.sources.iter().map(|source| source.name.chars().count()).max().unwrap_or(0).max(6);
+        let mut text = format!(
+            "{:width$} {:>7} {:>7} {:>6} {:>6} {:>6} {:>6} {:>10} {:>10}  length min/median/p95/max\n",
+            "source", "rows", "kept", "long", "cut", "empty", "twice", "tokens", "trained"
+        );
+        for source in &self.sources {
+            let _ = writeln!(
+                text,
+                "{:width$} {:>7} {:>7} {:>6} {:>6} {:>6} {:>6} {:>10} {:>10}  {}/{}/{}/{}",
+                source.name,
+                source.rows,
+                source.kept,
+                source.over_long,
+                source.truncated,
+                source.dropped_empty,
+                source.duplicates,
+                source.tokens,
+                source.labels,
+                source.length_min,
+                source.length_median,
+                source.length_p95,
+                source.length_max,
+            );
+        }
+        for warning in &self.warnings {
+            let _ = writeln!(text, "warning: {warning}");
+        }
+        text
+    }
+}
+
+/// A checked data set.
+#[derive(Clone, Debug)]
+pub struct Preflight {
+    /// The groups to train, in the order of their rows.
+    pub groups: Vec<PromptGroup>,
+    /// For each group, its row in the input.
+    pub row_of_group: Vec<usize>,
+    /// Counts.
+    pub summary: PreflightSummary,
+}
+
+impl Preflight {
+    /// The first kept group of each source, rendered by [`render_example`] under a heading.
+    pub fn examples(&self, rows: &[Row], encoder: &dyn Encode, colour: bool) -> Vec<String> {
+        let mut seen = HashSet::new();
+        let mut examples = Vec::new();
+        for (group, &row) in self.groups.iter().zip(&self.row_of_group) {
+            let Some(row) = rows.get(row) else { continue };
+            if seen.insert(row.source.as_str()) {
+                let (tokens, labels) = (group.num_tokens(), group.num_labels());
+                let title = format!("{} ({}): {tokens} tokens, {labels} trained", row.source, row.origin);
+                let title = if colour { format!("\x1b[1m{title}\x1b[0m") } else { title };
+                examples.push(format!("{title}\n{}", render_example(group, encoder, colour)));
+            }
+        }
+        examples
+    }
+}
+
+/// Tokenizes all rows and checks them.
+///
+/// # Errors
+/// Those of [`row_to_group`]; [`TrainError::TooLong`] and [`TrainError::NothingTrained`] under the policies
+/// `refuse`; [`TrainError::AllDropped`]; [`TrainError::StopNotTrained`] where `require_stop` is set and no kept
+/// row of a source trains a stop token.
+pub fn preflight(rows: &[Row], encoder: &dyn Encode, config: &DataConfig) -> Result<Preflight> {
+    let mut tallies: Vec<Tally> = Vec::new();
+    let mut index_of: BTreeMap<&str, usize> = BTreeMap::new();
+    let mut seen = HashSet::new();
+    let mut empty = Fault::default();
+    let mut long = Fault::default();
+    let (mut groups, mut row_of_group) = (Vec::new(), Vec::new());
+    for (row_index, row) in rows.iter().enumerate() {
+        let at = *index_of.entry(&row.source).or_insert_with(|| {
+            tallies.push(Tally::new(&row.source));
+            tallies.len() - 1
+        });
+        let tally = &mut tallies[at];
+        let counts = &mut tally.counts;
+        counts.rows += 1;
+        let group = row_to_group(row, encoder, config.train_turns)?;
+        if group.num_labels() == 0 {
+            counts.dropped_empty += 1;
+            empty.note(&row.origin, 0);
+            continue;
+        }
+        let is_duplicate = !seen.insert(fingerprint(&group));
+        counts.duplicates += usize::from(is_duplicate);
+        if is_duplicate && config.drop_duplicates {
+            counts.dropped_duplicates += 1;
+            continue;
+        }
+        let length = group.longest_sequence();
+        let group = match fit(group, config.max_length, config.too_long) {
+            Fit::Whole(group) => group,
+            Fit::Cut(group) => {
+                counts.over_long += 1;
+                counts.truncated += 1;
+                group
+            }
+            Fit::Dropped => {
+                counts.over_long += 1;
+                counts.dropped_long += 1;
+                long.note(&row.origin, length);
+                continue;
+            }
+        };
+        counts.stop_trained += usize::from(trains_stop(&group, encoder.stop_ids()));
+        counts.labels += group.num_labels();
+        tally.lengths.push(group.num_tokens());
+        groups.push(group);
+        row_of_group.push(row_index);
+    }
+    if let (Some((origin, _)), OnEmpty::Refuse) = (&empty.first, config.on_empty) {
+        let why = "nothing in this row would be trained: no assistant turn, or an empty completion";
+        return Err(TrainError::NothingTrained { origin: origin.clone(), why, count: empty.count });
+    }
+    if let (Some((origin, found)), TooLong::Refuse) = (&long.first, config.too_long) {
+        let (origin, found, max_length) = (origin.clone(), *found, config.max_length);
+        return Err(TrainError::TooLong { origin, found, max_length, count: long.count });
+    }
+    if groups.is_empty() {
+        let reasons =
+            format!("{} too long for {} tokens, {} with nothing to train", long.count, config.max_length, empty.count);
+        return Err(TrainError::AllDropped { rows: rows.len(), reasons });
+    }
+    let sources: Vec<SourceSummary> = tallies.into_iter().map(Tally::finish).collect();
+    let endless = |source: &&SourceSummary| config.require_stop && source.kept > 0 && source.stop_trained == 0;
+    if let Some(source) = sources.iter().find(endless) {
+        let (source_name, rows, stop_ids) = (source.name.clone(), source.kept, encoder.stop_ids().to_vec());
+        return Err(TrainError::StopNotTrained { source_name, rows, stop_ids });
+    }
+    let warnings = sources.iter().flat_map(|source| warnings(source, config)).collect();
+    let summary = PreflightSummary { max_length: config.max_length, sources, warnings };
+    Ok(Preflight { groups, row_of_group, summary })
+}
+
+/// How many groups of `held_out` also stand in `train`, token for token: a leak when it is not 0.
+pub fn overlap(train: &[PromptGroup], held_out: &[PromptGroup]) -> usize {
+    let seen: HashSet<_> = train.iter().map(fingerprint).collect();
+    held_out.iter().filter(|group| seen.contains(&fingerprint(group))).count()
+}
+
+/// A group's text with its roles marked: context dim, trained tokens green, stop tokens on a yellow ground.
+///
+/// Without colour, `[[` and `]]` stand round what is trained and `{{` and `}}` round a trained stop token.
+pub fn render_example(group: &PromptGroup, encoder: &dyn Encode, colour: bool) -> String {
+    #[derive(Clone, Copy, PartialEq)]
+    enum Part {
+        Context,
+        Trained,
+        Stop,
+    }
+    let mut tokens: Vec<(i64, Part)> = group.prompt.iter().map(|&id| (id, Part::Context)).collect();
+    for completion in &group.completions {
+        for (&id, &is_label) in completion.token_ids.iter().zip(&completion.is_label) {
+            let part = match is_label {
+                true if encoder.stop_ids().contains(&id) => Part::Stop,
+                true => Part::Trained,
+                false => Part::Context,
+            };
+            tokens.push((id, part));
+        }
+    }
+    let mut text = String::new();
+    for run in tokens.chunk_by(|one, next| one.1 == next.1) {
+        let ids: Vec<i64> = run.iter().map(|(id, _)| *id).collect();
+        // Control characters in data must not reach a terminal; a trained newline is made visible.
+        let clean: String =
+            encoder.decode(&ids).chars().filter(|c| !c.is_control() || matches!(c, '\n' | '\t')).collect();
+        let (open, close) = match (run[0].1, colour) {
+            (Part::Context, true) => ("\x1b[2m", "\x1b[0m"),
+            (Part::Trained, true) => ("\x1b[32m", "\x1b[0m"),
+            (Part::Stop, true) => ("\x1b[1;30;43m", "\x1b[0m"),
+            (Part::Context, false) => ("", ""),
+            (Part::Trained, false) => ("[[", "]]"),
+            (Part::Stop, false) => ("{{", "}}"),
+        };
+        let shown = if run[0].1 == Part::Context { clean } else { clean.replace('\n', "\u{21b5}\n") };
+        text.push_str(open);
+        text.push_str(&shown);
+        text.push_str(close);
+    }
+    if !text.ends_with('\n') {
+        text.push('\n');
+    }
+    text
+}
+
+fn trains_stop(group: &PromptGroup, stop_ids: &[i64]) -> bool {
+    group.completions.iter().all(|completion| {
+        completion.token_ids.iter().zip(&completion.is_label).any(|(id, &is_label)| is_label && stop_ids.contains(id))
+    })
+}
+
+fn fingerprint(group: &PromptGroup) -> [u8; 32] {
+    let mut hasher = Sha256::new();
+    let mut part = |ids: &[i64]| {
+        hasher.update(ids.len().to_le_bytes());
+        ids.iter().for_each(|id| hasher.update(id.to_le_bytes()));
+    };
+    part(&group.prompt);
+    group.completions.iter().for_each(|completion| part(&completion.token_ids));
+    hasher.finalize().into()
+}
+
+fn warnings(source: &SourceSummary, config: &DataConfig) -> Vec<String> {
+    let name = &source.name;
+    let mut found = Vec::new();
+    let percent = |count: usize| 100.0 * count as f64 / source.rows.max(1) as f64;
+    if source.kept == 0 {
+        found.push(format!("{name}: no row is left"));
+        return found;
+    }
+    if source.dropped_long > 0 {
+        let (count, max_length) = (source.dropped_long, config.max_length);
+        found.push(format!(
+            "{name}: {count} rows ({:.1} %) are longer than {max_length} tokens and left out",
+            percent(count)
+        ));
+    }
+    if source.truncated > 0 {
+        found.push(format!(
+            "{name}: {} rows ({:.1} %) are cut to {} tokens",
+            source.truncated,
+            percent(source.truncated),
+            config.max_length
+        ));
+    }
+    if source.dropped_empty > 0 {
+        found.push(format!("{name}: {} rows have nothing to train and are left out", source.dropped_empty));
+    }
+    if source.duplicates > 0 {
+        let fate = if config.drop_duplicates { "and left out" } else { "and kept" };
+        found.push(format!("{name}: {} rows are duplicates {fate}", source.duplicates));
+    }
+    if source.stop_trained < source.kept {
+        found.push(format!("{name}: {} rows train no stop token", source.kept - source.stop_trained));
+    }
+    found
+}
+
+/// A fault that several rows may share: the first place, and how many.
+#[derive(Default)]
+struct Fault {
+    first: Option<(Origin, usize)>,
+    count: usize,
+}
+
+impl Fault {
+    fn note(&mut self, origin: &Origin, length: usize) {
+        self.first.get_or_insert_with(|| (origin.clone(), length));
+        self.count += 1;
+    }
+}
+
+struct Tally {
+    counts: SourceSummary,
+    lengths: Vec<usize>,
+}
+
+impl Tally {
+    fn new(name: &str) -> Self {
+        Self { counts: SourceSummary { name: name.to_owned(), ..SourceSummary::default() }, lengths: Vec::new() }
+    }
+
+    fn finish(mut self) -> SourceSummary {
+        self.lengths.sort_unstable();
+        let kept = self.lengths.len();
+        let quantile = |part: f64| {
+            self.lengths.get(((kept as f64 * part).ceil() as usize).saturating_sub(1)).copied().unwrap_or(0)
+        };
+        self.counts.kept = kept;
+        self.counts.tokens = self.lengths.iter().sum();
+        self.counts.length_min = quantile(0.0);
+        self.counts.length_median = quantile(0.5);
+        self.counts.length_p95 = quantile(0.95);
+        self.counts.length_max = quantile(1.0);
+        self.counts
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::RowContent;
+    use super::super::groups::testing::*;
+    use super::*;
+
+    fn rows(contents: &[RowContent]) -> Vec<Row> {
+        contents.iter().enumerate().map(|(index, content)| row(content.clone(), index + 1)).collect()
+    }
+
+    #[test]
+    fn counts_say_what_became_of_each_row() {
+        let rows = rows(&[plain("ab", "cd"), plain("ab", "cd"), plain("abcdefghij", "k"), plain("a", "")]);
+        let config = DataConfig { max_length: 8, on_empty: OnEmpty::Drop, ..DataConfig::default() };
+        let checked = preflight(&rows, &CHARACTERS, &config).expect("two rows are good");
+        let source = &checked.summary.sources[0];
+        assert_eq!((source.rows, source.kept, source.duplicates), (4, 2, 1));
+        assert_eq!((source.over_long, source.dropped_long, source.dropped_empty), (1, 1, 1));
+        assert_eq!((source.tokens, source.labels, source.stop_trained), (10, 6, 2));
+        assert_eq!((source.length_min, source.length_median, source.length_max), (5, 5, 5));
+        assert_eq!(checked.row_of_group, [0, 1]);
+        assert_eq!(checked.summary.warnings.len(), 3);
+        assert_eq!(overlap(&checked.groups[..1], &checked.groups[1..]), 1);
+        let config = DataConfig { drop_duplicates: true, too_long: TooLong::TruncateLeft, ..config };
+        let checked = preflight(&rows, &CHARACTERS, &config).expect("good");
+        assert_eq!(checked.row_of_group, [0, 2]);
+        assert_eq!(checked.summary.sources[0].truncated, 1);
+        let json = serde_json::to_string(&checked.summary).expect("serialises");
+        assert_eq!(serde_json::from_str::<PreflightSummary>(&json).expect("parses"), checked.summary);
+    }
+
+    #[test]
+    fn silent_faults_are_refused_by_default() {
+        let config = DataConfig { max_length: 8, ..DataConfig::default() };
+        let check = |contents: &[RowContent], config: &DataConfig| {
+            preflight(&rows(contents), &CHARACTERS, config).expect_err("refused")
+        };
+        let error = check(&[plain("ab", "cd"), plain("a", ""), chat(&[("user", "x")])], &config);
+        assert!(matches!(error, TrainError::NothingTrained { count: 2, .. }), "{error}");
+        assert!(error.to_string().starts_with("rows.jsonl:2: nothing in this row would be trained"));
+        let error = check(&[plain("abcdefghij", "k")], &config);
+        assert!(matches!(error, TrainError::AllDropped { rows: 1, .. }), "{error}");
+        let error = check(&[plain("abcdefghij", "k")], &DataConfig { too_long: TooLong::Refuse, ..config });
+        assert!(matches!(error, TrainError::TooLong { found: 12, max_length: 8, count: 1, .. }), "{error}");
+    }
+
+    #[test]
+    fn a_template_that_never_ends_a_turn_is_refused() {
+        let template = Characters { rewrites: false, endless: true };
+        let rows = rows(&[chat(&[("user", "q"), ("assistant", "a")])]);
+        let error = preflight(&rows, &template, &DataConfig::default()).expect_err("no stop");
+        assert!(matches!(error, TrainError::StopNotTrained { rows: 1, .. }), "{error}");
+        let config = DataConfig { require_stop: false, ..DataConfig::default() };
+        let checked = preflight(&rows, &template, &config).expect("asked for");
+        assert_eq!(checked.summary.warnings, ["rows: 1 rows train no stop token"]);
+    }
+
+    #[test]
+    fn an_example_shows_context_trained_tokens_and_the_end() {
+        let rows = rows(&[chat(&[("user", "q\u{7}"), ("assistant", "yes")])]);
+        let checked = preflight(&rows, &CHARACTERS, &DataConfig::default()).expect("good");
+        let plain = checked.examples(&rows, &CHARACTERS, false).concat();
+        assert_eq!(plain, "rows (rows.jsonl:1): 15 tokens, 5 trained\n<u|q$\n<a|[[yes]]{{$}}[[\u{21b5}\n]]\n");
+        let colour = render_example(&checked.groups[0], &CHARACTERS, true);
+        assert!(colour.contains("\x1b[32myes\x1b[0m\x1b[1;30;43m$\x1b[0m"), "{colour:?}");
+    }
+}
