@@ -1,20 +1,22 @@
 //! `cargo xtask fetch`: models and data sets into the user's cache.
 
+use std::io::Write;
 use std::path::PathBuf;
 
 use anyhow::Result;
-use pt_fetch::{Kind, catalog, find};
+use pt_fetch::{catalog, find};
 
 /// Fetches each name; without any, lists what there is.
 pub(crate) fn fetch(names: &[String]) -> Result<()> {
     if names.is_empty() {
-        for entry in catalog().iter().filter(|entry| entry.kind != Kind::Library) {
+        let mut list = String::new();
+        for entry in catalog() {
             let mark = if entry.is_fetched() { "fetched" } else { "" };
-            println!(
-                "{:<30} {:<8} {}\n{:40}{}",
-                entry.name, mark, entry.description, "", entry.licence
-            );
+            list += &format!("{:<30} {mark:<8} {}\n", entry.name, entry.description);
+            list += &format!("{:<39} {}\n", "", entry.licence);
         }
+        // A reader that has seen enough, such as `head`, is no fault.
+        let _ = std::io::stdout().write_all(list.as_bytes());
     }
     // A misspelt name is told before anything is downloaded.
     for name in names {

@@ -146,13 +146,18 @@ impl Entry {
     }
 }
 
-/// Every entry, in the order of the table.
-pub fn catalog() -> &'static [Entry] {
-    static CATALOG: LazyLock<Vec<Entry>> = LazyLock::new(|| {
+/// The models and data sets, in the order of the table.
+pub fn catalog() -> impl Iterator<Item = &'static Entry> {
+    table().iter().filter(|entry| entry.kind != Kind::Library)
+}
+
+/// Every entry, libraries too.
+fn table() -> &'static [Entry] {
+    static TABLE: LazyLock<Vec<Entry>> = LazyLock::new(|| {
         // The table is part of the program, and a test parses it; an error here cannot reach a user.
         parse(include_str!("packages.json")).unwrap_or_default()
     });
-    &CATALOG
+    &TABLE
 }
 
 fn parse(text: &str) -> Result<Vec<Entry>> {
@@ -161,19 +166,15 @@ fn parse(text: &str) -> Result<Vec<Entry>> {
     })
 }
 
-/// The entry of that name.
+/// The entry of that name; libraries are found too.
 ///
 /// # Errors
 /// [`FetchError::UnknownName`], with the nearest name if one is near.
 pub fn find(name: &str) -> Result<&'static Entry> {
-    if let Some(entry) = catalog().iter().find(|entry| entry.name == name) {
+    if let Some(entry) = table().iter().find(|entry| entry.name == name) {
         return Ok(entry);
     }
-    let known: Vec<String> = catalog()
-        .iter()
-        .filter(|entry| entry.kind != Kind::Library)
-        .map(|entry| entry.name.clone())
-        .collect();
+    let known: Vec<String> = catalog().map(|entry| entry.name.clone()).collect();
     let nearest = known
         .iter()
         .map(|candidate| (strsim::jaro_winkler(name, candidate), candidate))
@@ -217,10 +218,11 @@ mod tests {
 
     #[test]
     fn names_are_unique() {
-        let mut names: Vec<_> = catalog().iter().map(|entry| &entry.name).collect();
+        let mut names: Vec<_> = table().iter().map(|entry| &entry.name).collect();
         names.sort();
         names.dedup();
-        assert_eq!(names.len(), catalog().len());
+        assert_eq!(names.len(), table().len());
+        assert!(catalog().all(|entry| !entry.name.starts_with("libtorch")));
     }
 
     #[test]

@@ -28,15 +28,15 @@ struct Stamp {
 }
 
 /// Makes sure that the catalog entry `name` is in the cache, and returns the path to use: the file of a
-/// model, the folder of a data set. `say` gets progress lines (none when everything is in place).
+/// model, the folder of a data set. Progress goes to standard error; there is none when all is in place.
 ///
 /// # Errors
 /// Any [`FetchError`]; nothing half-made is ever left under the returned path.
-pub fn fetch(name: &str, say: &mut dyn FnMut(&str)) -> Result<PathBuf> {
-    fetch_entry(find(name)?, say)
+pub fn fetch(name: &str) -> Result<PathBuf> {
+    fetch_entry(find(name)?, &mut |line| eprintln!("{line}"))
 }
 
-/// As [`fetch`], for an entry that is already found.
+/// As [`fetch`], for an entry that is already found and with progress lines given to `say`.
 ///
 /// # Errors
 /// As [`fetch`].
