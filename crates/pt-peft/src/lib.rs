@@ -1,1 +1,39 @@
-//! stub
+//! Parameter-efficient fine-tuning: methods behind one trait ([`Adapter`]), with adapter files in PEFT's format.
+//!
+//! A method is a [`pt_model::Sites`] value: the model asks it at every linear layer, branch and parameter that it may
+//! change. Nothing is wrapped or copied, so the reference model is the same model with [`pt_model::Bare`].
+//!
+//! ```
+//! use pt_peft::{LoraConfig, Modules};
+//! let config = LoraConfig { rank: 16, lora_alpha: 32.0, ..LoraConfig::default() };
+//! config.validate()?;
+//! assert_eq!(config.scaling(config.rank, config.lora_alpha), 2.0);
+//! let wrong = LoraConfig { rank: 0, target_modules: Modules::Names(vec![]), ..config };
+//! assert!(wrong.validate().unwrap_err().to_string().contains("`rank` is 0, expected at least 1"));
+//! # Ok::<(), pt_peft::PeftError>(())
+//! ```
+//!
+//! | Module | |
+//! | --- | --- |
+//! | `config` | LoRA's settings and PEFT's `adapter_config.json` |
+//! | `target` | which layers a method goes on |
+//! | `lora` | LoRA: forward and backward in one node |
+//! | `adapter` | the trait, and several adapters over one model |
+//! | `io` | adapter folders |
+//! | [`testing`] | the laws that every method has to keep |
+#![forbid(unsafe_code)]
+
+mod error;
+mod config;
+mod target;
+mod adapter;
+mod lora;
+mod io;
+pub mod testing;
+
+pub use adapter::{Adapter, AdapterSet};
+pub use config::{LoraConfig, Modules};
+pub use error::{PeftError, Result};
+pub use io::{CONFIG_FILE, TENSOR_FILE};
+pub use lora::{LoraAdapter, lora_linear};
+pub use target::{Strictness, pattern_value, saved_parameters, target_layers};

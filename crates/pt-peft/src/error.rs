@@ -1,0 +1,228 @@
+//! What can go wrong between an adapter's settings, its files and the model it goes on.
+
+use pt_model::ModelError;
+use pt_tensor::{TchError, TensorError};
+use std::path::PathBuf;
+
+/// Result of this crate.
+pub type Result<T> = std::result::Result<T, PeftError>;
+
+/// An error of this crate; [`hint`](Self::hint) says what to do about it.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum PeftError {
+    /// An error of the tensor layer.
+    #[error(transparent)]
+    Tensor(#[from] TensorError),
+    /// An error of the model.
+    #[error(transparent)]
+    Model(#[from] ModelError),
+    /// A file could not be read.
+    #[error("cannot read {}", path.display())]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// The cause.
+        source: std::io::Error,
+    },
+    /// A folder could not be made or moved into place.
+    #[error("cannot write {}", path.display())]
+    Write {
+        /// The folder.
+        path: PathBuf,
+        /// The cause.
+        source: std::io::Error,
+    },
+    /// A file is not JSON.
+    #[error("{}: not valid JSON", path.display())]
+    Json {
+        /// The file.
+        path: PathBuf,
+        /// The cause, with line and column.
+        source: serde_json::Error,
+    },
+    /// The path holds no adapter that can be read.
+    #[error("{}: {reason}", path.display())]
+    NotAnAdapter {
+        /// The path that was opened.
+        path: PathBuf,
+        /// What was looked for.
+        reason: String,
+        /// What to do.
+        hint: String,
+    },
+    /// A key of `adapter_config.json` holds what it should not.
+    #[error("{}: `{field}` is {found}, expected {expected}", path.display())]
+    Field {
+        /// The file.
+        path: PathBuf,
+        /// The key.
+        field: String,
+        /// Its value.
+        found: String,
+        /// What it should hold.
+        expected: String,
+    },
+    /// The adapter uses parts of its method that are not supported yet and that would change its values.
+    #[error("{}: not supported yet: {}", path.display(), features.join(", "))]
+    Unsupported {
+        /// The file.
+        path: PathBuf,
+        /// Each as `key = value`.
+        features: Vec<String>,
+    },
+    /// Settings that cannot be: every fault at once.
+    #[error("{} in the adapter's settings: {}", if faults.len() == 1 { "a fault" } else { "faults" }, faults.join("; "))]
+    Config {
+        /// The faults.
+        faults: Vec<String>,
+    },
+    /// A pattern is not a regular expression that can be used here.
+    #[error("`{field}`: `{pattern}` is not a supported regular expression: {reason}")]
+    Pattern {
+        /// The setting.
+        field: &'static str,
+        /// The pattern.
+        pattern: String,
+        /// What the parser says.
+        reason: String,
+    },
+    /// A name matches no part of the model.
+    #[error("`{field}`: {} in this model", no_match(names))]
+    NoMatch {
+        /// The setting.
+        field: &'static str,
+        /// The names or the pattern without a match.
+        names: Vec<String>,
+        /// The nearest names that the model has.
+        near: Vec<String>,
+        /// The names that the model has.
+        available: Vec<String>,
+    },
+    /// A file's tensors are not the adapter's.
+    #[error("{}: {}", path.display(), difference(missing, unexpected, shapes))]
+    Keys {
+        /// The file.
+        path: PathBuf,
+        /// Tensors that the adapter has and the file has not.
+        missing: Vec<String>,
+        /// Tensors that the file has and the adapter has not.
+        unexpected: Vec<String>,
+        /// Tensors of another shape: name, found, expected.
+        shapes: Vec<(String, Vec<i64>, Vec<i64>)>,
+    },
+    /// No adapter has this name.
+    #[error("no adapter is called `{name}`; there {}", listed(available))]
+    UnknownAdapter {
+        /// The name.
+        name: String,
+        /// The adapters that are loaded.
+        available: Vec<String>,
+    },
+    /// A call came at a time when it makes no sense, such as a second merge.
+    #[error("{0}")]
+    State(String),
+}
+
+impl From<TchError> for PeftError {
+    fn from(error: TchError) -> Self {
+        Self::Tensor(error.into())
+    }
+}
+
+impl PeftError {
+    /// What to do next, where there is something to say.
+    pub fn hint(&self) -> Option<String> {
+        match self {
+            Self::Tensor(error) => error.hint(),
+            Self::Model(error) => error.hint(),
+            Self::NotAnAdapter { hint, .. } => Some(hint.clone()),
+            Self::Unsupported { .. } => {
+                Some("merge the adapter into its base with Python PEFT (`merge_and_unload`) and load the merged model".into())
+            }
+            Self::Pattern { .. } => {
+                Some("look-around and back-references are not available; give a list of names, or `all-linear`".into())
+            }
+            Self::NoMatch { near, available, .. } if near.is_empty() => Some(format!("the model has {}", shortened(available))),
+            Self::NoMatch { near, available, .. } => {
+                Some(format!("did you mean {}? The model has {}", quoted(near), shortened(available)))
+            }
+            Self::Keys { shapes, .. } if shapes.iter().any(|(_, found, expected)| is_transposed(found, expected)) => {
+                Some("the file looks transposed: lora_A is [rank, in_features], lora_B is [out_features, rank]".into())
+            }
+            Self::Keys { shapes, .. } if !shapes.is_empty() => {
+                Some("the adapter was trained on a model of another size, or `r` in adapter_config.json is not its rank".into())
+            }
+            Self::Keys { .. } => Some("the adapter was trained on another architecture, or its config names other modules".into()),
+            Self::Write { source, .. } if source.kind() == std::io::ErrorKind::StorageFull => {
+                Some("the disk is full: free some space; nothing half-written was left".into())
+            }
+            _ => None,
+        }
+    }
+}
+
+/// Whether one shape is the other turned round.
+fn is_transposed(found: &[i64], expected: &[i64]) -> bool {
+    found != expected && found.iter().rev().eq(expected)
+}
+
+fn quoted(names: &[String]) -> String {
+    names.iter().map(|name| format!("`{name}`")).collect::<Vec<_>>().join(", ")
+}
+
+/// The first few names, and how many more there are.
+fn shortened(names: &[String]) -> String {
+    const SHOWN: usize = 12;
+    let head = quoted(&names[..names.len().min(SHOWN)]);
+    if names.len() > SHOWN { format!("{head} and {} more", names.len() - SHOWN) } else { head }
+}
+
+fn no_match(names: &[String]) -> String {
+    if names.is_empty() { "no layer is selected".into() } else { format!("nothing matches {}", quoted(names)) }
+}
+
+fn listed(names: &[String]) -> String {
+    if names.is_empty() { "are none".into() } else { format!("are {}", quoted(names)) }
+}
+
+fn difference(missing: &[String], unexpected: &[String], shapes: &[(String, Vec<i64>, Vec<i64>)]) -> String {
+    let mut parts = Vec::new();
+    if !missing.is_empty() {
+        parts.push(format!("{} missing: {}", missing.len(), shortened(missing)));
+    }
+    if !unexpected.is_empty() {
+        parts.push(format!("{} unexpected: {}", unexpected.len(), shortened(unexpected)));
+    }
+    for (name, found, expected) in shapes.iter().take(4) {
+        parts.push(format!("tensor `{name}` has shape {found:?}, expected {expected:?}"));
+    }
+    if shapes.len() > 4 {
+        parts.push(format!("{} more of another shape", shapes.len() - 4));
+    }
+    parts.join("; ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_transposed_tensor_is_named_as_such() {
+        let error = PeftError::Keys {
+            path: "a/adapter_model.safetensors".into(),
+            missing: vec![],
+            unexpected: vec![],
+            shapes: vec![("x.lora_A.weight".into(), vec![64, 4], vec![4, 64])],
+        };
+        assert!(error.to_string().ends_with("tensor `x.lora_A.weight` has shape [64, 4], expected [4, 64]"), "{error}");
+        assert!(error.hint().unwrap().contains("transposed"));
+    }
+
+    #[test]
+    fn a_long_list_is_cut_and_counted() {
+        let names: Vec<String> = (0..20).map(|i| format!("layer{i}")).collect();
+        let text = shortened(&names);
+        assert!(text.ends_with("`layer11` and 8 more"), "{text}");
+    }
+}

@@ -1,0 +1,120 @@
+//! Adapter folders: what is written, and what is refused by name.
+
+use crate::{fixtures, tiny};
+use pt_peft::{Adapter, CONFIG_FILE, LoraAdapter, LoraConfig, PeftError, TENSOR_FILE};
+use pt_tensor::io::{SafetensorsReader, save_safetensors};
+use pt_tensor::{Device, Tensor};
+use std::path::Path;
+
+/// A copy of PEFT's plain adapter with one change to its tensors.
+fn changed(folder: &Path, change: impl Fn(&mut Vec<(String, Tensor)>)) {
+    let plain = fixtures().join("lora/plain/adapter");
+    std::fs::copy(plain.join(CONFIG_FILE), folder.join(CONFIG_FILE)).unwrap();
+    let reader = SafetensorsReader::open(plain.join(TENSOR_FILE)).unwrap();
+    let mut tensors: Vec<(String, Tensor)> =
+        reader.names().map(|name| (name.to_string(), reader.tensor(name, Device::Cpu).unwrap())).collect();
+    change(&mut tensors);
+    save_safetensors(&folder.join(TENSOR_FILE), &tensors, &[]).unwrap();
+}
+
+fn load_changed(change: impl Fn(&mut Vec<(String, Tensor)>)) -> PeftError {
+    let folder = tempfile::tempdir().unwrap();
+    changed(folder.path(), change);
+    LoraAdapter::load(folder.path(), &tiny("llama")).unwrap_err()
+}
+
+#[test]
+fn adapters_of_peft_are_written_back_with_the_same_tensors_and_settings() {
+    for case in std::fs::read_dir(fixtures().join("lora")).unwrap() {
+        let case = case.unwrap().path();
+        let base = std::fs::read_to_string(case.join("case.toml")).unwrap();
+        let base = base.lines().find_map(|line| line.strip_prefix("base = ")).unwrap().trim_matches('"').to_string();
+        let folder = tempfile::tempdir().unwrap();
+        let copy = folder.path().join("new/copy");
+        LoraAdapter::load(&case.join("adapter"), &tiny(&base)).unwrap().save(&copy).unwrap();
+        let [ours, theirs] = [&copy, &case.join("adapter")].map(|f| SafetensorsReader::open(f.join(TENSOR_FILE)).unwrap());
+        assert_eq!(ours.names().collect::<Vec<_>>(), theirs.names().collect::<Vec<_>>(), "{}", case.display());
+        assert_eq!(ours.metadata(), theirs.metadata());
+        for name in ours.names() {
+            let [a, b] = [&ours, &theirs].map(|r| r.tensor(name, Device::Cpu).unwrap());
+            assert!(a.equal(&b), "{name}");
+        }
+        let [ours, theirs] = [&copy, &case.join("adapter")].map(|f| LoraConfig::from_peft_file(&f.join(CONFIG_FILE)).unwrap());
+        let [ours, theirs] = [ours, theirs].map(|c| c.to_peft_text(false));
+        assert_eq!(ours, theirs);
+        assert!(copy.join("README.md").exists());
+        let left: Vec<_> = std::fs::read_dir(folder.path().join("new")).unwrap().collect();
+        assert_eq!(left.len(), 1, "a temporary folder was left behind");
+    }
+}
+
+#[test]
+fn missing_and_unexpected_tensors_are_listed() {
+    let error = load_changed(|tensors| tensors[0].0 += ".typo");
+    let PeftError::Keys { missing, unexpected, .. } = &error else { panic!("{error}") };
+    assert_eq!((missing.len(), unexpected.len()), (1, 1), "{error}");
+    assert!(error.to_string().contains("q_proj.lora_A.weight"), "{error}");
+}
+
+#[test]
+fn transposed_tensors_get_the_hint() {
+    let error = load_changed(|tensors| tensors[0].1 = tensors[0].1.tr().contiguous());
+    assert!(error.to_string().contains("has shape [32, 4], expected [4, 32]"), "{error}");
+    assert!(error.hint().unwrap().contains("transposed"));
+}
+
+#[test]
+fn a_cut_file_is_an_error_at_every_length() {
+    let folder = tempfile::tempdir().unwrap();
+    changed(folder.path(), |_| {});
+    let whole = std::fs::read(folder.path().join(TENSOR_FILE)).unwrap();
+    let model = tiny("llama");
+    for len in (0..whole.len()).step_by(61) {
+        std::fs::write(folder.path().join(TENSOR_FILE), &whole[..len]).unwrap();
+        assert!(LoraAdapter::load(folder.path(), &model).is_err(), "a prefix of {len} bytes was read");
+    }
+}
+
+#[test]
+fn pickles_are_refused_with_the_way_to_convert_them() {
+    let folder = tempfile::tempdir().unwrap();
+    changed(folder.path(), |_| {});
+    std::fs::rename(folder.path().join(TENSOR_FILE), folder.path().join("adapter_model.bin")).unwrap();
+    let error = LoraAdapter::load(folder.path(), &tiny("llama")).unwrap_err();
+    assert!(error.to_string().contains("pickle") && error.hint().unwrap().contains("save_file"), "{error}");
+}
+
+#[test]
+fn a_folder_that_is_no_adapter_says_so() {
+    let model = tiny("llama");
+    let error = LoraAdapter::load(&fixtures().join("models/llama/model"), &model).unwrap_err();
+    assert!(error.hint().unwrap().contains("this is a model"), "{error}");
+    assert!(LoraAdapter::load(Path::new("no/such/folder"), &model).unwrap_err().to_string().contains("no such folder"));
+}
+
+#[test]
+fn an_adapter_of_another_architecture_lists_what_the_model_has() {
+    let error = LoraAdapter::load(&fixtures().join("lora/gpt2_conv1d/adapter"), &tiny("llama")).unwrap_err();
+    assert_eq!(error.to_string(), "`target_modules`: nothing matches `c_attn` in this model");
+    assert!(error.hint().unwrap().contains("`q_proj`"), "{error:?}");
+}
+
+#[test]
+fn saving_into_an_existing_folder_keeps_a_readme() {
+    let folder = tempfile::tempdir().unwrap();
+    std::fs::write(folder.path().join("README.md"), "mine").unwrap();
+    let model = tiny("llama");
+    LoraAdapter::new(LoraConfig::default(), &model, 1).unwrap().save(folder.path()).unwrap();
+    assert_eq!(std::fs::read_to_string(folder.path().join("README.md")).unwrap(), "mine");
+    LoraAdapter::load(folder.path(), &model).unwrap();
+}
+
+#[test]
+fn a_folder_that_cannot_be_written_is_named_and_nothing_is_left() {
+    let folder = tempfile::tempdir().unwrap();
+    let blocked = folder.path().join("file");
+    std::fs::write(&blocked, "").unwrap();
+    let error = LoraAdapter::new(LoraConfig::default(), &tiny("llama"), 1).unwrap().save(&blocked.join("a")).unwrap_err();
+    assert!(error.to_string().contains("cannot write"), "{error}");
+    assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1);
+}
