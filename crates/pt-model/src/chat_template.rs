@@ -2,7 +2,7 @@
 //!
 //! minijinja renders; added here are what transformers adds (`raise_exception`, `strftime_now`, its own `tojson`,
 //! the `{% generation %}` tag, which marks the assistant's part and prints nothing) and Python's way of printing
-//! values.
+//! values. One difference stays: minijinja has no tuples, so `{{ (1, 2) }}` prints as a list.
 
 mod python;
 

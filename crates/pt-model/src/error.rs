@@ -200,6 +200,9 @@ impl ModelError {
         let did_you_mean = |near: &Option<String>| near.as_ref().map(|near| format!("did you mean `{near}`?"));
         match self {
             Self::Tensor(error) => error.hint(),
+            Self::Read { path, .. } if path.extension().is_some_and(|extension| extension == "safetensors") => {
+                Some("the folder's index names this file: fetch the checkpoint again, or copy the file there".into())
+            }
             Self::Read { source, .. } if source.kind() == std::io::ErrorKind::NotFound => {
                 Some("check the path; `pt models` lists the models that can be fetched by name".into())
             }

@@ -125,7 +125,10 @@ impl FolderTensors {
             };
             return Err(ModelError::NotAModel { path: path.into(), reason: reason.into() });
         }
-        let reader = SafetensorsReader::open(path)?;
+        let reader = SafetensorsReader::open(path).map_err(|error| match error {
+            TensorError::Read { path, source } => ModelError::Read { path, source },
+            other => other.into(),
+        })?;
         let is_gpt2 = config.architecture == Architecture::Gpt2;
         let stored = reader.names().filter_map(|name| {
             // Constants that old releases saved among the weights.

@@ -1,8 +1,13 @@
 //! Against transformers' numbers, and equalities that every batch must keep.
 
+mod chat_template;
+mod common;
+mod gguf;
 mod golden;
 mod invariance;
+mod pretrained;
 mod smollm2;
+mod tokenizer;
 
 use pt_model::{Bare, CausalLm, Pretrained, Sites};
 use pt_tensor::{Device, Kind, Tensor};
