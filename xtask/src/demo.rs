@@ -9,7 +9,7 @@ use crate::{fetch, setup};
 
 /// The model that is fine-tuned, and the rows it is fine-tuned on.
 const MODEL: &str = "smollm2-135m-instruct";
-const DATA: &str = "boolq";
+const DATA: &str = "squad";
 
 /// Sets up, fetches, builds and runs `pt demo sft`; `extra` goes to it.
 pub(crate) fn sft(extra: &[String]) -> Result<()> {

@@ -1,2 +1,57 @@
-//! The `pt` command.
-fn main() {}
+//! `pt`: post-training for language models, from one binary.
+#![forbid(unsafe_code)]
+
+mod commands;
+mod open;
+mod talk;
+
+use clap::{Parser, Subcommand};
+use std::process::ExitCode;
+
+#[derive(Parser)]
+#[command(name = "pt", version, about = "Post-training for language models", long_about = None, arg_required_else_help = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Fine-tune a model on prompts and completions (LoRA, or all weights).
+    Sft(commands::sft::Args),
+    /// Complete the prompts of a file, one JSON line per row.
+    Generate(commands::generate::Args),
+    /// Talk with a model.
+    Chat(commands::chat::Args),
+    /// Log-probs of given completions, one JSON line per row.
+    Score(commands::score::Args),
+    /// Fold an adapter into its model and save a Hugging Face folder.
+    Merge(commands::merge::Args),
+    /// Show what a model, an adapter, a run or a data set holds.
+    Inspect(commands::inspect::Args),
+    /// List the models and data sets that can be fetched by name.
+    Models(commands::models::Args),
+    /// Fetch a model or data set by name.
+    Fetch(commands::fetch::Args),
+    /// Run a whole worked example.
+    Demo(commands::demo::Args),
+}
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let result = match cli.command {
+        Command::Sft(args) => commands::sft::run(args),
+        Command::Generate(args) => commands::generate::run(args),
+        Command::Chat(args) => commands::chat::run(args),
+        Command::Score(args) => commands::score::run(args),
+        Command::Merge(args) => commands::merge::run(args),
+        Command::Inspect(args) => commands::inspect::run(args),
+        Command::Models(args) => commands::models::run(args),
+        Command::Fetch(args) => commands::fetch::run(args),
+        Command::Demo(args) => commands::demo::run(args),
+    };
+    match result {
+        Ok(code) => code,
+        Err(error) => talk::report(&error),
+    }
+}

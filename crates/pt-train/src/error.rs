@@ -201,6 +201,35 @@ pub enum TrainError {
         /// What is missing.
         message: String,
     },
+    /// A loss or a gradient is not finite; nothing was updated.
+    #[error("step {step}: {what} is not finite; the first bad place is {place}")]
+    NonFinite {
+        /// The step.
+        step: u64,
+        /// Loss, log-probs or gradient.
+        what: String,
+        /// Tensor and entry.
+        place: String,
+    },
+    /// A training step failed below.
+    #[error("step {step}, a micro-batch of {tokens} tokens")]
+    Step {
+        /// The step.
+        step: u64,
+        /// Tokens of the micro-batch.
+        tokens: i64,
+        /// The cause.
+        source: Box<pt_model::ModelError>,
+    },
+    /// An error of the model.
+    #[error(transparent)]
+    Model(#[from] pt_model::ModelError),
+    /// An error of the tensor layer.
+    #[error(transparent)]
+    Tensor(#[from] pt_tensor::TensorError),
+    /// An error of a parameter-efficient method.
+    #[error(transparent)]
+    Peft(#[from] pt_peft::PeftError),
     /// A line in a metrics file is damaged in a place where a crash cannot have done it.
     #[error("{path}:{line}: {message}")]
     Metrics {
@@ -270,6 +299,13 @@ impl TrainError {
             Self::Config { .. } => "see --help for the fields and their values".into(),
             Self::RunExists { .. } => "continue it with --resume, or choose another --output".into(),
             Self::NotARun { .. } => "start the run without --resume".into(),
+            Self::NonFinite { .. } => {
+                "lower learning_rate, set max_grad_norm, or compute in f32; the last checkpoint stands and can be resumed".into()
+            }
+            Self::Step { source, .. } => return source.hint(),
+            Self::Model(source) => return source.hint(),
+            Self::Tensor(source) => return source.hint(),
+            Self::Peft(source) => return source.hint(),
             Self::Metrics { .. } => "delete that line, or move the file away; checkpoints do not depend on it".into(),
         })
     }

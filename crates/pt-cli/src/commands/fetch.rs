@@ -1,0 +1,15 @@
+//! `pt fetch`
+
+use anyhow::Result;
+use std::process::ExitCode;
+
+#[derive(clap::Args)]
+pub(crate) struct Args {
+    /// A name that `pt models` lists.
+    name: String,
+}
+
+pub(crate) fn run(args: Args) -> Result<ExitCode> {
+    println!("{}", pt_fetch::fetch(&args.name)?.display());
+    Ok(ExitCode::SUCCESS)
+}

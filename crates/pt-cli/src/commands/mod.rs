@@ -1,0 +1,11 @@
+//! One file a subcommand.
+
+pub(crate) mod chat;
+pub(crate) mod demo;
+pub(crate) mod fetch;
+pub(crate) mod generate;
+pub(crate) mod inspect;
+pub(crate) mod merge;
+pub(crate) mod models;
+pub(crate) mod score;
+pub(crate) mod sft;

@@ -1,0 +1,81 @@
+//! `pt score`
+
+use crate::open::{Lines, ModelArgs};
+use crate::talk;
+use anyhow::{Result, bail};
+use pt_model::{PackedBatch, PromptGroup, RunOptions};
+use pt_tensor::{LabelLogprobs, no_grad};
+use pt_train::data::{ReadOptions, RowContent, TrainTurns, read_rows, row_to_group, row_to_pair};
+use serde_json::json;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+#[derive(clap::Args)]
+pub(crate) struct Args {
+    #[command(flatten)]
+    model: ModelArgs,
+    /// JSONL or JSON rows: `prompt` and `completion`, `messages`, or `prompt`, `chosen`, `rejected`.
+    #[arg(long)]
+    data: PathBuf,
+    /// File for the results, one JSON line per row in order; stdout when absent.
+    #[arg(long)]
+    output: Option<PathBuf>,
+    /// Add the log-prob of each scored token.
+    #[arg(long)]
+    tokens: bool,
+    /// Most tokens that go through the model at once.
+    #[arg(long, default_value_t = 4096)]
+    max_tokens: usize,
+}
+
+pub(crate) fn run(args: Args) -> Result<ExitCode> {
+    let mut lines = Lines::new(args.output.as_deref())?;
+    let rows = read_rows(std::slice::from_ref(&args.data), &ReadOptions::default())?;
+    let opened = args.model.open()?;
+    let encoder = opened.encoder()?;
+    let context = opened.model.config().max_position_embeddings as usize;
+    let mut groups: Vec<PromptGroup> = Vec::new();
+    for row in &rows {
+        let group = match row.content {
+            RowContent::Preference { .. } => row_to_pair(row, &encoder)?,
+            _ => row_to_group(row, &encoder, TrainTurns::All)?,
+        };
+        if group.longest_sequence() > context {
+            bail!("{}: row has {} tokens, the model's context is {context}", row.origin, group.longest_sequence());
+        }
+        groups.push(group);
+    }
+    let bar = talk::bar(groups.len() as u64, "rows");
+    let indices: Vec<usize> = (0..groups.len()).collect();
+    for batch_rows in pt_train::data::packing::split_by_tokens(&indices, Some(args.max_tokens), |row| groups[row].num_tokens()) {
+        let chunk: Vec<PromptGroup> = batch_rows.iter().map(|&row| groups[row].clone()).collect();
+        let batch = PackedBatch::new(&chunk, opened.model.device())?;
+        let out = no_grad(|| opened.model.label_logprobs(&batch, &opened.sites, RunOptions::default(), &LabelLogprobs::default()))?;
+        let logprobs = Vec::<f32>::try_from(out.logprobs.to_device(pt_tensor::Device::Cpu))?;
+        let mut by_completion: Vec<Vec<f32>> = vec![vec![]; batch.num_completions];
+        for (&completion, logprob) in batch.label_completion.iter().zip(logprobs) {
+            by_completion[completion as usize].push(logprob);
+        }
+        let mut completions = by_completion.into_iter();
+        for group in &chunk {
+            let scored: Vec<serde_json::Value> = completions
+                .by_ref()
+                .take(group.completions.len())
+                .map(|logprobs| {
+                    let sum: f64 = logprobs.iter().map(|&l| f64::from(l)).sum();
+                    let mut value = json!({"logprob": sum, "num_tokens": logprobs.len()});
+                    if args.tokens {
+                        value["token_logprobs"] = json!(logprobs);
+                    }
+                    value
+                })
+                .collect();
+            lines.push(&json!({"completions": scored}))?;
+            bar.inc(1);
+        }
+    }
+    bar.finish_and_clear();
+    lines.finish()?;
+    eprintln!("{} rows scored", rows.len());
+    Ok(ExitCode::SUCCESS)
+}

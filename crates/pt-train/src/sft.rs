@@ -1,0 +1,394 @@
+//! Supervised fine-tuning: −log p of the trained tokens, averaged over the whole accumulation window.
+
+use crate::data::{BatchConfig, Batches, Cursor, DataConfig, PromptGroup};
+use crate::error::{Result, TrainError};
+use crate::metrics::MetricsWriter;
+use crate::run_dir::{Best, RunDir};
+use crate::schedule::ScheduleConfig;
+use crate::step::{Optimization, finite};
+use crate::tensorboard::EventWriter;
+use pt_model::{CausalLm, PackedBatch, RunOptions, Sites};
+use pt_tensor::io::{SafetensorsReader, save_safetensors};
+use pt_tensor::{AdamWConfig, Device, LabelLogprobs, Tensor, no_grad, peak_memory_bytes};
+use pt_peft::LoraConfig;
+use serde::{Deserialize, Serialize};
+use std::path::Path;
+use std::rc::Rc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
+
+/// Settings of the training loop. Defaults are those of LoRA training in the literature.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct SftConfig {
+    /// Passes over the data; ignored when `max_steps` is set.
+    pub epochs: f64,
+    /// Optimizer steps.
+    pub max_steps: Option<u64>,
+    /// Highest learning rate.
+    pub learning_rate: f64,
+    /// Its course over the run.
+    pub schedule: ScheduleConfig,
+    /// The optimizer.
+    pub adamw: AdamWConfig,
+    /// Gradients are scaled to at most this joint 2-norm; null for no clipping.
+    pub max_grad_norm: Option<f64>,
+    /// How rows become batches.
+    pub batch: BatchConfig,
+    /// How rows become tokens.
+    pub data: DataConfig,
+    /// Keep only layer inputs and compute activations again in the backward pass.
+    pub activation_checkpointing: bool,
+    /// Write a record every N steps.
+    pub log_every: u64,
+    /// Evaluate every N steps (and at the end); 0 for the end only.
+    pub eval_every: u64,
+    /// Save a checkpoint every N steps (and at the end); 0 for the end only.
+    pub save_every: u64,
+    /// Checkpoints to keep beside the best one.
+    pub keep_checkpoints: usize,
+    /// Stop after this many evaluations in a row without a better loss; null for never.
+    pub early_stopping: Option<u64>,
+    /// Seed of adapter weights and dropout (the order of rows has its own, `batch.seed`).
+    pub seed: u64,
+    /// The adapter; null trains all weights.
+    pub lora: Option<LoraConfig>,
+}
+
+impl Default for SftConfig {
+    fn default() -> Self {
+        Self {
+            epochs: 1.0,
+            max_steps: None,
+            learning_rate: 2e-4,
+            schedule: ScheduleConfig::default(),
+            adamw: AdamWConfig::default(),
+            max_grad_norm: Some(1.0),
+            batch: BatchConfig::default(),
+            data: DataConfig::default(),
+            activation_checkpointing: false,
+            log_every: 1,
+            eval_every: 0,
+            save_every: 100,
+            keep_checkpoints: 2,
+            early_stopping: None,
+            seed: 0,
+            lora: Some(LoraConfig::default()),
+        }
+    }
+}
+
+impl SftConfig {
+    /// Lists every fault at once.
+    ///
+    /// # Errors
+    /// [`TrainError::Config`].
+    pub fn validate(&self) -> Result<()> {
+        let mut faults = Vec::new();
+        if self.max_steps.is_none() && !(self.epochs > 0.0 && self.epochs.is_finite()) {
+            faults.push(format!("epochs is {}, expected over 0", self.epochs));
+        }
+        if self.max_steps == Some(0) {
+            faults.push("max_steps is 0, expected at least 1".into());
+        }
+        if !(self.learning_rate > 0.0 && self.learning_rate.is_finite()) {
+            faults.push(format!("learning_rate is {}, expected over 0", self.learning_rate));
+        }
+        if self.max_grad_norm.is_some_and(|norm| !(norm > 0.0)) {
+            faults.push(format!("max_grad_norm is {:?}, expected over 0 or null", self.max_grad_norm));
+        }
+        if self.log_every == 0 {
+            faults.push("log_every is 0, expected at least 1".into());
+        }
+        if faults.is_empty() {
+            return Ok(());
+        }
+        Err(TrainError::Config { place: "training".into(), message: faults.join("; ") })
+    }
+}
+
+/// What is trained: a model, what is switched on at its sites, and the tensors that learn.
+pub struct Trained<'a> {
+    /// The model.
+    pub model: &'a CausalLm,
+    /// The adapter (or [`pt_model::Bare`] for full fine-tuning).
+    pub sites: Rc<dyn Sites>,
+    /// The trained leaves by stable names.
+    pub parameters: Vec<(String, Tensor)>,
+    /// Writes the result (adapter or model files) into a folder.
+    #[allow(clippy::type_complexity)]
+    pub save: Box<dyn Fn(&Path) -> Result<()> + 'a>,
+}
+
+/// One record of the run, as it goes to metrics.jsonl.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct StepRecord {
+    /// Steps done.
+    pub step: u64,
+    /// Steps of the whole run.
+    pub total_steps: u64,
+    /// Passes over the data so far.
+    pub epoch: f64,
+    /// Mean −log p of the trained tokens of this window, nats.
+    pub loss: f64,
+    /// Share of trained tokens that were the most probable ones.
+    pub accuracy: f64,
+    /// Learning rate used.
+    pub learning_rate: f64,
+    /// Gradient norm before clipping.
+    pub grad_norm: f64,
+    /// Tokens through the model per second in this step, prompts included.
+    pub tokens_per_second: f64,
+}
+
+/// Mean over a held-out set.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Evaluation {
+    /// Mean −log p of the labels, nats.
+    pub loss: f64,
+    /// Share of labels that were the most probable tokens.
+    pub accuracy: f64,
+    /// Labels scored.
+    pub num_labels: u64,
+}
+
+/// Hears what a run does.
+pub trait Observer {
+    /// A step is done.
+    fn on_step(&mut self, _record: &StepRecord) {}
+    /// An evaluation is done; `is_best` says whether its loss is the lowest so far.
+    fn on_evaluation(&mut self, _step: u64, _evaluation: &Evaluation, _is_best: bool) {}
+    /// A checkpoint stands.
+    fn on_checkpoint(&mut self, _step: u64, _path: &Path) {}
+}
+
+/// How a run ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Ending {
+    /// All steps are done.
+    Done,
+    /// The held-out loss did not get better any more.
+    EarlyStopped,
+    /// Someone asked to stop; a checkpoint was saved.
+    Interrupted,
+}
+
+/// What stands after a run.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Outcome {
+    /// How it ended.
+    pub ending: Ending,
+    /// Steps done.
+    pub steps: u64,
+    /// The last evaluation.
+    pub evaluation: Option<Evaluation>,
+}
+
+/// The part of a checkpoint that is not tensors.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+struct TrainerState {
+    step: u64,
+    cursor: Cursor,
+    best_loss: Option<f64>,
+    evaluations_without_gain: u64,
+    /// Fingerprint of the tokenized rows.
+    data_fingerprint: String,
+}
+
+/// Mean −log p of the labels of `groups`, without a graph, in micro-batches of at most `max_tokens`.
+///
+/// # Errors
+/// [`TrainError::Config`] when there is no label.
+pub fn evaluate(model: &CausalLm, sites: &Rc<dyn Sites>, groups: &[PromptGroup], max_tokens: usize) -> Result<Evaluation> {
+    let indices: Vec<usize> = (0..groups.len()).collect();
+    let batches = crate::data::packing::split_by_tokens(&indices, Some(max_tokens), |row| groups[row].num_tokens());
+    let (mut sum, mut correct, mut count) = (0.0, 0.0, 0);
+    no_grad(|| -> Result<()> {
+        for rows in batches {
+            let groups: Vec<PromptGroup> = rows.iter().map(|&row| groups[row].clone()).collect();
+            let batch = PackedBatch::new(&groups, model.device())?;
+            let out = model.label_logprobs(&batch, sites, RunOptions::default(), &LabelLogprobs::default())?;
+            sum -= out.logprobs.sum(pt_tensor::Kind::Double).double_value(&[]);
+            correct += out.is_top1.sum(pt_tensor::Kind::Double).double_value(&[]);
+            count += batch.num_labels();
+        }
+        Ok(())
+    })?;
+    if count == 0 {
+        return Err(TrainError::Config { place: "eval_data".into(), message: "no row holds a token to score".into() });
+    }
+    Ok(Evaluation { loss: sum / count as f64, accuracy: correct / count as f64, num_labels: count as u64 })
+}
+
+/// Runs supervised fine-tuning in `run`, from its latest checkpoint where there is one.
+///
+/// N steps, a stop, and N more steps equal 2N steps bit for bit on one machine: a checkpoint holds parameters,
+/// optimizer, the place in the data and the random state. `stop` is looked at after each step.
+///
+/// # Errors
+/// [`TrainError::NonFinite`] with the place when a loss or gradient is not finite (the last checkpoint stands),
+/// [`TrainError::Config`] for settings or data that do not fit the checkpoint, and errors of model and files.
+pub fn train(
+    trained: &Trained<'_>,
+    train_groups: Vec<PromptGroup>,
+    eval_groups: &[PromptGroup],
+    config: &SftConfig,
+    run: &RunDir,
+    stop: &AtomicBool,
+    observer: &mut dyn Observer,
+) -> Result<Outcome> {
+    config.validate()?;
+    let fingerprint = fingerprint(&train_groups);
+    let mut batches = Batches::new(train_groups, config.batch.clone())?;
+    let total_steps = match config.max_steps {
+        Some(steps) => steps,
+        None => (config.epochs * batches.windows_per_epoch() as f64).ceil() as u64,
+    };
+    let schedule = config.schedule.build(total_steps as usize)?;
+    let mut optimization =
+        Optimization::new(trained.parameters.iter().map(|(n, t)| (n.clone(), t.shallow_clone())).collect(), config.adamw, schedule, config.learning_rate, config.max_grad_norm);
+    pt_tensor::random::seed(config.seed);
+
+    let mut state = TrainerState { data_fingerprint: fingerprint.clone(), ..Default::default() };
+    if let Some((_, folder)) = run.latest()? {
+        state = load_state(&folder, &mut optimization)?;
+        if state.data_fingerprint != fingerprint {
+            return Err(TrainError::Config {
+                place: folder.display().to_string(),
+                message: "was saved with other training rows: resume with the same data, or start a new run".into(),
+            });
+        }
+        batches.seek(state.cursor)?;
+    }
+    let mut metrics = MetricsWriter::open(&run.metrics_path(), state.step)?;
+    let mut events = EventWriter::create(&run.tensorboard_path(), (state.step > 0).then_some(state.step + 1))?;
+    let options = RunOptions { is_checkpointed: config.activation_checkpointing };
+    let eval_tokens = config.batch.max_tokens.unwrap_or(4096);
+    let mut outcome = Outcome { ending: Ending::Done, steps: state.step, evaluation: None };
+
+    while state.step < total_steps {
+        let started = Instant::now();
+        // 1. The rows of one step, and how many tokens they train together.
+        let window = batches.next_window();
+        let num_labels: usize = window.iter().flatten().map(PromptGroup::num_labels).sum();
+        let (mut loss, mut correct, mut num_tokens) = (0.0, 0.0, 0);
+        let step = state.step + 1;
+        // 2. Each micro-batch adds its share: the sum over its labels divided by the labels of the window.
+        for groups in &window {
+            let batch = PackedBatch::new(groups, trained.model.device())?;
+            num_tokens += batch.num_tokens();
+            if batch.num_labels() == 0 {
+                continue;
+            }
+            let out = trained
+                .model
+                .label_logprobs(&batch, &trained.sites, options, &LabelLogprobs::default())
+                .map_err(|source| TrainError::Step { step, tokens: batch.num_tokens(), source: Box::new(source) })?;
+            loss -= finite(step, "log-probs", &out.logprobs)?;
+            correct += out.is_top1.sum(pt_tensor::Kind::Double).double_value(&[]);
+            let share = out.logprobs.sum(None) * (-1.0 / num_labels as f64);
+            pt_tensor::autograd::backward(&[share], &[Tensor::from(1f32).to_device(trained.model.device())])
+                .map_err(|source| TrainError::Step { step, tokens: batch.num_tokens(), source: Box::new(source.into()) })?;
+        }
+        // 3. Clip and update.
+        let update = optimization.step(step)?;
+        state.step = step;
+        state.cursor = batches.cursor();
+        let record = StepRecord {
+            step,
+            total_steps,
+            epoch: batches.epochs_done(),
+            loss: loss / num_labels.max(1) as f64,
+            accuracy: correct / num_labels.max(1) as f64,
+            learning_rate: update.learning_rate,
+            grad_norm: update.grad_norm,
+            tokens_per_second: num_tokens as f64 / started.elapsed().as_secs_f64(),
+        };
+        if step % config.log_every == 0 || step == total_steps {
+            let values = [
+                ("loss", record.loss),
+                ("mean_token_accuracy", record.accuracy),
+                ("learning_rate", record.learning_rate),
+                ("grad_norm", record.grad_norm),
+                ("epoch", record.epoch),
+                ("tokens_per_second", record.tokens_per_second),
+                ("peak_memory_bytes", peak_memory_bytes().unwrap_or(0) as f64),
+            ];
+            metrics.write(step, &values)?;
+            events.scalars(step, &values)?;
+        }
+        observer.on_step(&record);
+        // 4. Evaluate, save, stop.
+        let is_last = step == total_steps;
+        let mut is_best = false;
+        if !eval_groups.is_empty() && (is_last || (config.eval_every > 0 && step % config.eval_every == 0)) {
+            let evaluation = evaluate(trained.model, &trained.sites, eval_groups, eval_tokens)?;
+            let values = [("eval_loss", evaluation.loss), ("eval_mean_token_accuracy", evaluation.accuracy)];
+            metrics.write(step, &values)?;
+            events.scalars(step, &values)?;
+            is_best = state.best_loss.is_none_or(|best| evaluation.loss < best);
+            state.evaluations_without_gain = if is_best { 0 } else { state.evaluations_without_gain + 1 };
+            if is_best {
+                state.best_loss = Some(evaluation.loss);
+            }
+            observer.on_evaluation(step, &evaluation, is_best);
+            outcome.evaluation = Some(evaluation);
+            if config.early_stopping.is_some_and(|patience| state.evaluations_without_gain >= patience) {
+                outcome.ending = Ending::EarlyStopped;
+            }
+        }
+        if stop.load(Ordering::Relaxed) && !is_last {
+            outcome.ending = Ending::Interrupted;
+        }
+        let is_due = config.save_every > 0 && step % config.save_every == 0;
+        if is_last || is_due || is_best || outcome.ending != Ending::Done {
+            metrics.sync()?;
+            let path = run.write_checkpoint(step, |folder| save_checkpoint(folder, trained, &optimization, &state))?;
+            if let (true, Some(value)) = (is_best, state.best_loss) {
+                run.set_best(&Best { step, metric: "eval_loss".into(), value })?;
+            }
+            run.prune(config.keep_checkpoints)?;
+            observer.on_checkpoint(step, &path);
+        }
+        outcome.steps = step;
+        if outcome.ending != Ending::Done {
+            break;
+        }
+    }
+    Ok(outcome)
+}
+
+fn save_checkpoint(folder: &Path, trained: &Trained<'_>, optimization: &Optimization, state: &TrainerState) -> Result<()> {
+    (trained.save)(folder)?;
+    let mut tensors = optimization.state();
+    tensors.push(("random".into(), pt_tensor::random::state()?));
+    save_safetensors(&folder.join("trainer_state.safetensors"), &tensors, &[])?;
+    let text = serde_json::to_string_pretty(state).map_err(|e| TrainError::write(folder)(e.into()))?;
+    crate::run_dir::write_atomic(&folder.join("trainer_state.json"), text.as_bytes())
+}
+
+fn load_state(folder: &Path, optimization: &mut Optimization) -> Result<TrainerState> {
+    let path = folder.join("trainer_state.json");
+    let text = std::fs::read(&path).map_err(TrainError::read(&path))?;
+    let state = serde_json::from_slice(&text)
+        .map_err(|e| TrainError::NotARun { path: path.clone(), message: format!("is damaged: {e}") })?;
+    let reader = SafetensorsReader::open(folder.join("trainer_state.safetensors"))?;
+    optimization.load_state(|name| reader.tensor(name, Device::Cpu))?;
+    pt_tensor::random::set_state(&reader.tensor("random", Device::Cpu)?)?;
+    Ok(state)
+}
+
+/// SHA-256 over tokens and labels, so that a resumed run is known to see the same rows.
+fn fingerprint(groups: &[PromptGroup]) -> String {
+    use sha2::{Digest, Sha256};
+    let mut hash = Sha256::new();
+    for group in groups {
+        for (ids, mark) in std::iter::once((&group.prompt, 0u8)).chain(group.completions.iter().map(|c| (&c.token_ids, 1))) {
+            hash.update([mark]);
+            hash.update((ids.len() as u64).to_le_bytes());
+            ids.iter().for_each(|id| hash.update(id.to_le_bytes()));
+        }
+        group.completions.iter().flat_map(|c| &c.is_label).for_each(|&is_label| hash.update([u8::from(is_label)]));
+    }
+    hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
+}
