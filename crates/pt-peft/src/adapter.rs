@@ -58,7 +58,7 @@ pub trait Adapter: Sites {
     /// Gives the model the weights back that it had before [`merge_into`](Self::merge_into).
     ///
     /// # Errors
-    /// [`PeftError::State`] when it is not merged, or something else was merged after it.
+    /// [`PeftError::State`] when it is not merged. Adapters merged one after another come out in reverse order.
     fn unmerge_from(&self, model: &mut CausalLm) -> Result<()>;
 }
 
@@ -73,20 +73,17 @@ pub(crate) struct Merged {
 
 impl Merged {
     /// Gives everything back; on an error nothing is changed.
-    pub(crate) fn restore(self, model: &mut CausalLm) -> std::result::Result<(), (Self, PeftError)> {
-        let mut layers = match model.linear_layers_mut() {
-            Ok(layers) => layers,
-            Err(error) => return Err((self, error.into())),
-        };
-        for (index, weight, bias) in self.weights {
-            if let Some(layer) = layers.iter_mut().find(|layer| layer.index == index) {
-                layer.weight = weight;
-                layer.bias = bias;
+    pub(crate) fn restore(&self, model: &mut CausalLm) -> Result<()> {
+        let mut layers = model.linear_layers_mut()?;
+        for (index, weight, bias) in &self.weights {
+            if let Some(layer) = layers.iter_mut().find(|layer| layer.index == *index) {
+                layer.weight = weight.clone();
+                layer.bias = bias.as_ref().map(Tensor::shallow_clone);
             }
         }
         no_grad(|| {
-            for (mut parameter, before) in self.values {
-                parameter.copy_(&before);
+            for (parameter, before) in &self.values {
+                parameter.shallow_clone().copy_(before);
             }
         });
         Ok(())

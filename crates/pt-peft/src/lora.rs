@@ -178,6 +178,8 @@ pub struct LoraAdapter {
     output_weight: Option<String>,
     output_base: Option<Rc<dyn pt_tensor::Weight>>,
     fan_in_fan_out: bool,
+    /// What the model computes in.
+    kind: Kind,
     is_enabled: Cell<bool>,
     is_training: Cell<bool>,
     merged: RefCell<Option<Merged>>,
@@ -242,6 +244,7 @@ impl LoraAdapter {
             output_weight,
             output_base,
             fan_in_fan_out,
+            kind: model.kind(),
             is_enabled: Cell::new(true),
             is_training: Cell::new(false),
             merged: RefCell::new(None),
@@ -266,6 +269,19 @@ impl LoraAdapter {
         let names: Vec<&str> = all.keys().map(String::as_str).collect();
         let chosen: Vec<String> =
             saved_parameters(&config.modules_to_save, &names)?.into_iter().map(|i| names[i].to_string()).collect();
+        // The model asks its sites for these only; a copy of another would be trained to no effect.
+        let is_asked_for = |name: &String| {
+            let is_linear = layers.iter().any(|layer| name.rsplit_once('.').is_some_and(|(path, _)| path == layer.path));
+            is_linear || (name.ends_with(".weight") && !name.ends_with(".wpe.weight"))
+        };
+        let faults: Vec<String> = chosen
+            .iter()
+            .filter(|name| !is_asked_for(name))
+            .map(|name| format!("`modules_to_save` takes `{name}`, which cannot be trained whole yet"))
+            .collect();
+        if !faults.is_empty() {
+            return Err(PeftError::Config { faults });
+        }
         Ok(chosen
             .into_iter()
             .filter_map(|name| all.remove(&name))
@@ -346,7 +362,9 @@ impl Sites for LoraAdapter {
             return None;
         }
         if let Some(saved) = self.saved.get(path) {
-            return Some(saved.value.shallow_clone());
+            // Norms compute in the kind of their input. Tables are left to the model, which casts what it looks up.
+            let is_norm = saved.value.dim() == 1;
+            return Some(if is_norm { saved.value.to_kind(self.kind) } else { saved.value.shallow_clone() });
         }
         // Log-probs at labels need the whole output matrix. With an update on it, that is W + scaling·B·A.
         if self.output_weight.as_deref() != Some(path) {
@@ -470,11 +488,11 @@ impl Adapter for LoraAdapter {
         let Some(merged) = self.merged.borrow_mut().take() else {
             return Err(PeftError::State("the adapter is not merged".into()));
         };
-        if let Err((merged, error)) = merged.restore(model) {
+        let outcome = merged.restore(model);
+        if outcome.is_err() {
             *self.merged.borrow_mut() = Some(merged);
-            return Err(error);
         }
-        Ok(())
+        outcome
     }
 }
 

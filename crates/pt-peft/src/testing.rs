@@ -6,12 +6,15 @@ use pt_tensor::{Device, Kind, Tensor, no_grad};
 use std::path::Path;
 use std::rc::Rc;
 
+/// An adapter, or why there is none.
+pub type Made = Result<Rc<dyn Adapter>>;
+
 /// What the suite needs of a method.
 pub struct Method<'a> {
     /// Makes an adapter at its neutral start.
-    pub new: &'a dyn Fn(&CausalLm) -> Result<Rc<dyn Adapter>>,
+    pub new: &'a dyn Fn(&CausalLm) -> Made,
     /// Loads one from a folder.
-    pub load: &'a dyn Fn(&Path, &CausalLm) -> Result<Rc<dyn Adapter>>,
+    pub load: &'a dyn Fn(&Path, &CausalLm) -> Made,
     /// Largest difference of logits that merging may make: rounding.
     pub tolerance: f64,
 }
@@ -101,8 +104,8 @@ pub fn adapter_laws(method: &Method<'_>, model: &mut CausalLm, sequences: &[Vec<
     adapter_gradients(adapter.as_ref(), model)
 }
 
-/// Checks the gradients of all trained values and of the input at every linear layer against plain operations on
-/// the merged weights' difference: a directional derivative by finite differences.
+/// Checks the gradients of all trained values and of the input at every linear layer: along the gradient, finite
+/// differences must give its norm.
 fn adapter_gradients(adapter: &dyn Adapter, model: &CausalLm) -> Result<()> {
     for layer in model.linear_layers() {
         let x = probe(5, layer, model);

@@ -101,3 +101,29 @@ fn the_number_of_trained_values_is_rank_times_both_widths() {
         .sum();
     assert_eq!(adapter.num_trainable() as i64, 4 * widths);
 }
+
+#[test]
+fn a_parameter_that_the_model_does_not_ask_for_is_refused() {
+    let config = LoraConfig { modules_to_save: vec!["ln_f".into()], ..rank4() };
+    let error = LoraAdapter::new(config, &tiny("gpt2"), 1).unwrap_err().to_string();
+    assert!(error.contains("`transformer.ln_f.bias`, which cannot be trained whole yet"), "{error}");
+}
+
+#[test]
+fn in_bf16_a_trained_norm_and_factors_get_f32_gradients() {
+    let pretrained = pt_model::Pretrained::open(&crate::fixtures().join("models/llama/model")).unwrap();
+    let model = pt_model::CausalLm::load(&pretrained, pt_tensor::Device::Cpu, pt_tensor::Kind::BFloat16).unwrap();
+    let config = LoraConfig { modules_to_save: vec!["model.norm".into()], ..rank4() };
+    let adapter = Rc::new(LoraAdapter::new(config, &model, 1).unwrap());
+    disturb(adapter.as_ref(), 0.05);
+    let sites: Rc<dyn Sites> = adapter.clone();
+    let group = pt_model::PromptGroup::single(vec![1, 2], pt_model::Completion::new(vec![3, 4, 5]));
+    let batch = pt_model::PackedBatch::new(&[group], pt_tensor::Device::Cpu).unwrap();
+    let out = model.label_logprobs(&batch, &sites, Default::default(), &Default::default()).unwrap();
+    out.logprobs.sum(pt_tensor::Kind::Float).backward();
+    for (name, tensor) in adapter.parameters() {
+        let grad = tensor.grad();
+        assert!(grad.defined() && grad.kind() == pt_tensor::Kind::Float, "{name}");
+        assert!(grad.abs().max().double_value(&[]) > 0.0, "{name} has a gradient of zero");
+    }
+}
