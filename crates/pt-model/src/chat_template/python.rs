@@ -151,9 +151,7 @@ impl JsonFormat {
             return;
         }
         for c in quoted.chars() {
-            if c.is_ascii() && c != '\u{7f}' {
-                out.push(c);
-            } else if c == '\u{7f}' {
+            if c.is_ascii() {
                 out.push(c);
             } else {
                 for unit in c.encode_utf16(&mut [0; 2]) {

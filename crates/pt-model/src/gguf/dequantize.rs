@@ -97,10 +97,26 @@ pub fn dequantize(ggml_type: GgmlType, bytes: &[u8]) -> Option<Vec<f32>> {
         "Q6_K" => q6_k,
         _ => return None,
     };
-    let mut out = vec![0f32; bytes.len() / block_bytes * block_size];
-    for (block, out) in bytes.chunks_exact(block_bytes).zip(out.chunks_exact_mut(block_size)) {
-        decode_block(block, out);
-    }
+    let num_blocks = bytes.len() / block_bytes;
+    let mut out = vec![0f32; num_blocks * block_size];
+    let decode = |bytes: &[u8], out: &mut [f32]| {
+        for (block, out) in bytes.chunks_exact(block_bytes).zip(out.chunks_exact_mut(block_size)) {
+            decode_block(block, out);
+        }
+    };
+    // A thread is worth starting for a million elements; each takes one run of blocks.
+    let num_threads = std::thread::available_parallelism().map_or(1, |n| n.get()).min(out.len() >> 20).max(1);
+    let share = num_blocks.div_ceil(num_threads).max(1);
+    std::thread::scope(|scope| {
+        let shares = bytes.chunks(share * block_bytes).zip(out.chunks_mut(share * block_size));
+        for (i, (bytes, out)) in shares.enumerate() {
+            if (i + 1) * share >= num_blocks {
+                decode(bytes, out);
+            } else {
+                scope.spawn(move || decode(bytes, out));
+            }
+        }
+    });
     Some(out)
 }
 
@@ -225,6 +241,13 @@ mod tests {
         let mut block = f16::from_f32(2.0).to_le_bytes().to_vec();
         block.extend((0..32).map(|i| (i - 16) as i8 as u8));
         assert_eq!(decode("Q8_0", &block), (0..32).map(|i| 2.0 * (i - 16) as f32).collect::<Vec<_>>());
+    }
+
+    #[test]
+    fn threads_split_a_tensor_without_a_seam() {
+        let bytes: Vec<u8> = (0..3 * 32769 * 34u32).map(|i| (i.wrapping_mul(2_654_435_761) >> 24) as u8 & 0x7b).collect();
+        let parts: Vec<f32> = bytes.chunks(34 * 1000).flat_map(|part| decode("Q8_0", part)).collect();
+        assert!(parts == decode("Q8_0", &bytes));
     }
 
     #[test]

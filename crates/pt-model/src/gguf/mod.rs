@@ -252,7 +252,7 @@ impl<R: Read> Header<'_, R> {
         let mut tensors = BTreeMap::new();
         for _ in 0..tensor_count {
             let (name, info) = self.tensor_info()?;
-            if info.start % alignment != 0 {
+            if !info.start.is_multiple_of(alignment) {
                 let reason = format!("tensor `{name}` starts at {}, which is no multiple of {alignment}", info.start);
                 return Err(self.error(reason));
             }
@@ -284,7 +284,7 @@ impl<R: Read> Header<'_, R> {
         let ggml_type = GgmlType::from_id(type_id)
             .ok_or_else(|| self.error(format!("tensor `{name}` has the unknown storage type {type_id}")))?;
         let (block_size, block_bytes) = ggml_type.block();
-        if shape[0] as u64 % block_size != 0 {
+        if !(shape[0] as u64).is_multiple_of(block_size) {
             let found = format!("tensor `{name}` has rows of {} elements", shape[0]);
             return Err(self.error(format!("{found}, expected a multiple of {block_size} ({})", ggml_type.name())));
         }

@@ -1,4 +1,5 @@
 //! Against transformers' numbers, and equalities that every batch must keep.
+#![allow(clippy::unwrap_used)]
 
 mod chat_template;
 mod common;
