@@ -11,7 +11,9 @@ fn main() {
     println!("cargo:rerun-if-env-changed=LIBTORCH");
     println!("cargo:rerun-if-env-changed=LIBTORCH_USE_PYTORCH");
     let Some(prefix) = libtorch_prefix() else {
-        println!("cargo:warning=no libtorch found: run `cargo xtask setup`, or set LIBTORCH to a prefix with lib/ and include/");
+        println!(
+            "cargo:warning=no libtorch found: run `cargo xtask setup`, or set LIBTORCH to a prefix with lib/ and include/"
+        );
         std::process::exit(1);
     };
     let mut build = cc::Build::new();

@@ -5,27 +5,12 @@
 pub(crate) enum Task {
     Help(Option<&'static str>),
     Setup,
-    Fetch {
-        names: Vec<String>,
-    },
-    Test {
-        extra: Vec<String>,
-    },
-    Demo {
-        extra: Vec<String>,
-    },
-    Golden {
-        area: Option<String>,
-        regenerate: bool,
-    },
-    Bench {
-        suites: Vec<String>,
-        peers: bool,
-        extra: Vec<String>,
-    },
-    Tidy {
-        quick: bool,
-    },
+    Fetch { names: Vec<String> },
+    Test { extra: Vec<String> },
+    Demo { extra: Vec<String> },
+    Golden { area: Option<String>, regenerate: bool },
+    Bench { suites: Vec<String>, peers: bool, extra: Vec<String> },
+    Tidy { quick: bool },
     Ci,
 }
 
@@ -78,24 +63,14 @@ const TASKS: [(&str, &str, &str, &str); 8] = [
         "Runs every check even when one fails, then lists what failed. --quick leaves out clippy and docs, which\n\
          need libtorch.",
     ),
-    (
-        "ci",
-        "",
-        "test, then tidy",
-        "What a pull request must pass.",
-    ),
+    ("ci", "", "test, then tidy", "What a pull request must pass."),
 ];
 
 /// The help text: of one task, or the list.
 pub(crate) fn usage(topic: Option<&'static str>) -> String {
-    if let Some((name, arguments, summary, details)) =
-        TASKS.iter().find(|task| Some(task.0) == topic)
-    {
+    if let Some((name, arguments, summary, details)) = TASKS.iter().find(|task| Some(task.0) == topic) {
         let line = format!("{name} {arguments}");
-        return format!(
-            "Usage: cargo xtask {}\n\n{summary}\n\n{details}",
-            line.trim_end()
-        );
+        return format!("Usage: cargo xtask {}\n\n{summary}\n\n{details}", line.trim_end());
     }
     let mut text = String::from("Usage: cargo xtask <TASK>\n\nTasks:\n");
     for (name, arguments, summary, _) in TASKS {
@@ -119,9 +94,7 @@ pub(crate) fn parse(arguments: impl Iterator<Item = String>) -> Result<Task, Str
         return Ok(Task::Help(Some(name)));
     }
     if *name == "test" {
-        return Ok(Task::Test {
-            extra: arguments.collect(),
-        });
+        return Ok(Task::Test { extra: arguments.collect() });
     }
 
     let mut words = Vec::new();
@@ -163,15 +136,8 @@ pub(crate) fn parse(arguments: impl Iterator<Item = String>) -> Result<Task, Str
             None | Some("sft") => Task::Demo { extra },
             Some(other) => return Err(format!("there is no demo `{other}`; there is `sft`")),
         },
-        "golden" => Task::Golden {
-            area: words.pop(),
-            regenerate: is_flag_set,
-        },
-        "bench" => Task::Bench {
-            suites: words,
-            peers: is_flag_set,
-            extra,
-        },
+        "golden" => Task::Golden { area: words.pop(), regenerate: is_flag_set },
+        "bench" => Task::Bench { suites: words, peers: is_flag_set, extra },
         "tidy" => Task::Tidy { quick: is_flag_set },
         _ => Task::Ci,
     })
@@ -195,41 +161,22 @@ mod tests {
         assert_eq!(parsed("tidy"), Ok(Task::Tidy { quick: false }));
         assert_eq!(parsed("tidy --quick"), Ok(Task::Tidy { quick: true }));
         assert_eq!(parsed("ci"), Ok(Task::Ci));
-        assert_eq!(
-            parsed("fetch gsm8k boolq"),
-            Ok(Task::Fetch {
-                names: strings(&["gsm8k", "boolq"])
-            })
-        );
+        assert_eq!(parsed("fetch gsm8k boolq"), Ok(Task::Fetch { names: strings(&["gsm8k", "boolq"]) }));
         assert_eq!(parsed("demo"), Ok(Task::Demo { extra: vec![] }));
-        assert_eq!(
-            parsed("demo sft -- --steps 3"),
-            Ok(Task::Demo {
-                extra: strings(&["--steps", "3"])
-            })
-        );
+        assert_eq!(parsed("demo sft -- --steps 3"), Ok(Task::Demo { extra: strings(&["--steps", "3"]) }));
         assert_eq!(
             parsed("golden lora --regenerate"),
-            Ok(Task::Golden {
-                area: Some("lora".into()),
-                regenerate: true
-            })
+            Ok(Task::Golden { area: Some("lora".into()), regenerate: true })
         );
         assert_eq!(
             parsed("bench sft generate --peers -- --steps 2"),
-            Ok(Task::Bench {
-                suites: strings(&["sft", "generate"]),
-                peers: true,
-                extra: strings(&["--steps", "2"])
-            })
+            Ok(Task::Bench { suites: strings(&["sft", "generate"]), peers: true, extra: strings(&["--steps", "2"]) })
         );
     }
 
     #[test]
     fn test_passes_everything_to_cargo() {
-        let expected = Task::Test {
-            extra: strings(&["-p", "pt-model", "--", "--nocapture"]),
-        };
+        let expected = Task::Test { extra: strings(&["-p", "pt-model", "--", "--nocapture"]) };
         assert_eq!(parsed("test -p pt-model -- --nocapture"), Ok(expected));
     }
 

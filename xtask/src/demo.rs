@@ -18,23 +18,9 @@ pub(crate) fn sft(extra: &[String]) -> Result<()> {
     run(cargo(&libtorch).args(["build", "--release", "-p", "pt-cli"]))?;
     // Through cargo once more, rather than by path: it knows the target folder and the library path.
     let mut command: Command = cargo(&libtorch);
-    command.args([
-        "run",
-        "--release",
-        "--quiet",
-        "-p",
-        "pt-cli",
-        "--bin",
-        "pt",
-        "--",
-        "demo",
-        "sft",
-    ]);
+    command.args(["run", "--release", "--quiet", "-p", "pt-cli", "--bin", "pt", "--", "demo", "sft"]);
     command.arg("--model").arg(model).arg("--data").arg(data);
-    command
-        .arg("--output")
-        .arg(workspace().join("runs/demo-sft"))
-        .args(extra);
+    command.arg("--output").arg(workspace().join("runs/demo-sft")).args(extra);
     replace_with(&mut command)
 }
 

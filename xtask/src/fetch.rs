@@ -33,10 +33,6 @@ pub(crate) fn one(name: &str) -> Result<PathBuf> {
     let entry = find(name)?;
     let path = pt_fetch::fetch_entry(entry, &mut |line| eprintln!("{line}"))?;
     let megabytes = pt_fetch::fetch::size_of(&path) as f64 / 1e6;
-    eprintln!(
-        "{name}: {} ({megabytes:.1} MB), licence: {}",
-        path.display(),
-        entry.licence
-    );
+    eprintln!("{name}: {} ({megabytes:.1} MB), licence: {}", path.display(), entry.licence);
     Ok(path)
 }

@@ -22,15 +22,7 @@ pub(crate) fn golden(area: Option<&str>, regenerate: bool) -> Result<()> {
     let libtorch = setup::setup()?;
     let model = fetch::one(SMOLLM2)?;
     let mut command = cargo(&libtorch);
-    command.args([
-        "test",
-        "--workspace",
-        "--no-fail-fast",
-        "--lib",
-        "--bins",
-        "--tests",
-        "--",
-    ]);
+    command.args(["test", "--workspace", "--no-fail-fast", "--lib", "--bins", "--tests", "--"]);
     // The harness runs the tests whose names contain any of the filters.
     match area {
         None => command.arg("golden"),
@@ -46,9 +38,7 @@ fn write_fixtures(area: Option<&str>) -> Result<()> {
     for name in chosen {
         for arguments in arguments_of(&name)? {
             let mut command = Command::new(&python);
-            command
-                .arg(folder.join(format!("{name}.py")))
-                .args(arguments);
+            command.arg(folder.join(format!("{name}.py"))).args(arguments);
             run(command.current_dir(workspace()).stdin(Stdio::null()))?;
         }
     }
@@ -61,10 +51,7 @@ fn arguments_of(area: &str) -> Result<Vec<Vec<OsString>>> {
     let model = |name: &str| fetch::one(name).map(OsString::from);
     Ok(match area {
         "smollm2" => vec![vec!["--gguf".into(), model(SMOLLM2)?]],
-        "tokenizer" => vec![
-            vec![SMOLLM2.into(), model(SMOLLM2)?],
-            vec![QWEN.into(), model(QWEN)?],
-        ],
+        "tokenizer" => vec![vec![SMOLLM2.into(), model(SMOLLM2)?], vec![QWEN.into(), model(QWEN)?]],
         _ => vec![Vec::new()],
     })
 }
@@ -74,17 +61,10 @@ const HELPERS: [&str; 2] = ["common", "make_hf"];
 
 /// The generators: every Python file of the folder but the helpers.
 fn areas(folder: &Path) -> Result<Vec<String>> {
-    let entries =
-        fs::read_dir(folder).with_context(|| format!("cannot read {}", folder.display()))?;
+    let entries = fs::read_dir(folder).with_context(|| format!("cannot read {}", folder.display()))?;
     let mut areas: Vec<String> = entries
         .flatten()
-        .filter_map(|entry| {
-            entry
-                .file_name()
-                .to_str()?
-                .strip_suffix(".py")
-                .map(str::to_owned)
-        })
+        .filter_map(|entry| entry.file_name().to_str()?.strip_suffix(".py").map(str::to_owned))
         .filter(|name| !HELPERS.contains(&name.as_str()))
         .collect();
     areas.sort();
@@ -95,10 +75,7 @@ fn choose(areas: &[String], area: Option<&str>) -> Result<Vec<String>> {
     match area {
         None => Ok(areas.to_vec()),
         Some(area) if areas.iter().any(|name| name == area) => Ok(vec![area.to_owned()]),
-        Some(area) => bail!(
-            "there is no generator for `{area}`; there are: {}",
-            areas.join(", ")
-        ),
+        Some(area) => bail!("there is no generator for `{area}`; there are: {}", areas.join(", ")),
     }
 }
 
@@ -109,23 +86,12 @@ mod tests {
     #[test]
     fn areas_are_the_generators_without_their_helpers() {
         let folder = tempfile::tempdir().unwrap();
-        for name in [
-            "models.py",
-            "lora.py",
-            "make_hf.py",
-            "common.py",
-            "requirements.txt",
-        ] {
+        for name in ["models.py", "lora.py", "make_hf.py", "common.py", "requirements.txt"] {
             fs::write(folder.path().join(name), "").unwrap();
         }
         let found = areas(folder.path()).unwrap();
         assert_eq!(found, ["lora", "models"]);
         assert_eq!(choose(&found, Some("lora")).unwrap(), ["lora"]);
-        assert!(
-            choose(&found, Some("lara"))
-                .unwrap_err()
-                .to_string()
-                .contains("lora, models")
-        );
+        assert!(choose(&found, Some("lara")).unwrap_err().to_string().contains("lora, models"));
     }
 }

@@ -29,10 +29,7 @@ fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("error: {error:#}");
-            if let Some(hint) = error
-                .chain()
-                .find_map(|cause| cause.downcast_ref::<pt_fetch::FetchError>())
-            {
+            if let Some(hint) = error.chain().find_map(|cause| cause.downcast_ref::<pt_fetch::FetchError>()) {
                 eprintln!("  hint: {}", hint.hint());
             }
             ExitCode::FAILURE
@@ -51,11 +48,7 @@ fn run(task: Task) -> Result<()> {
         Task::Test { extra } => test::test(&extra),
         Task::Demo { extra } => demo::sft(&extra),
         Task::Golden { area, regenerate } => golden::golden(area.as_deref(), regenerate),
-        Task::Bench {
-            suites,
-            peers,
-            extra,
-        } => bench::bench(&suites, peers, &extra),
+        Task::Bench { suites, peers, extra } => bench::bench(&suites, peers, &extra),
         Task::Tidy { quick } => tidy::tidy(quick),
         Task::Ci => test::test(&[]).and_then(|()| tidy::tidy(false)),
     }

@@ -13,11 +13,9 @@ use crate::setup::Libtorch;
 /// The root of the workspace.
 pub(crate) fn workspace() -> PathBuf {
     // Cargo tells where the checkout is now; the compiled-in path is for running the binary by hand.
-    let manifest = std::env::var_os("CARGO_MANIFEST_DIR")
-        .map_or_else(|| env!("CARGO_MANIFEST_DIR").into(), PathBuf::from);
-    manifest
-        .parent()
-        .map_or(manifest.clone(), Path::to_path_buf)
+    let manifest =
+        std::env::var_os("CARGO_MANIFEST_DIR").map_or_else(|| env!("CARGO_MANIFEST_DIR").into(), PathBuf::from);
+    manifest.parent().map_or(manifest.clone(), Path::to_path_buf)
 }
 
 /// A cargo command in the workspace that sees the libtorch which `setup` found.
@@ -31,11 +29,7 @@ pub(crate) fn cargo(libtorch: &Libtorch) -> Command {
         }
         Libtorch::User => {}
         Libtorch::PyTorch { lib } => {
-            let name = if cfg!(target_os = "macos") {
-                "DYLD_LIBRARY_PATH"
-            } else {
-                "LD_LIBRARY_PATH"
-            };
+            let name = if cfg!(target_os = "macos") { "DYLD_LIBRARY_PATH" } else { "LD_LIBRARY_PATH" };
             let mut paths = OsString::from(lib);
             if let Some(others) = std::env::var_os(name) {
                 paths.push(":");
@@ -51,9 +45,7 @@ pub(crate) fn cargo(libtorch: &Libtorch) -> Command {
 pub(crate) fn run(command: &mut Command) -> Result<()> {
     let line = describe(command);
     eprintln!("$ {line}");
-    let status = command
-        .status()
-        .with_context(|| format!("cannot run `{line}`"))?;
+    let status = command.status().with_context(|| format!("cannot run `{line}`"))?;
     if !status.success() {
         bail!("`{line}` failed ({status})");
     }
@@ -62,29 +54,19 @@ pub(crate) fn run(command: &mut Command) -> Result<()> {
 
 /// The command as one would type it.
 pub(crate) fn describe(command: &Command) -> String {
-    let program = Path::new(command.get_program())
-        .file_name()
-        .unwrap_or(command.get_program());
+    let program = Path::new(command.get_program()).file_name().unwrap_or(command.get_program());
     let words = std::iter::once(program).chain(command.get_args());
-    words
-        .map(|word| word.to_string_lossy().into_owned())
-        .collect::<Vec<_>>()
-        .join(" ")
+    words.map(|word| word.to_string_lossy().into_owned()).collect::<Vec<_>>().join(" ")
 }
 
 /// The Python of a virtual environment in the cache that holds exactly `requirements`; made when it is
 /// not there, or when the requirements changed.
 pub(crate) fn pinned_python(name: &str, requirements: &Path) -> Result<PathBuf> {
     let wanted = fs::read_to_string(requirements).with_context(|| {
-        format!(
-            "{} lists the packages of this environment; it cannot be read",
-            requirements.display()
-        )
+        format!("{} lists the packages of this environment; it cannot be read", requirements.display())
     })?;
     let cache = pt_fetch::cache::cache_dir()?;
-    let _lock = pt_fetch::cache::lock(&cache, name, || {
-        eprintln!("another process is making {name}; waiting for it")
-    })?;
+    let _lock = pt_fetch::cache::lock(&cache, name, || eprintln!("another process is making {name}; waiting for it"))?;
     let folder = cache.join(name);
     let (python, stamp) = (folder.join("bin/python"), folder.join("requirements.txt"));
     if python.exists() && fs::read_to_string(&stamp).is_ok_and(|made| made == wanted) {
@@ -95,10 +77,7 @@ pub(crate) fn pinned_python(name: &str, requirements: &Path) -> Result<PathBuf> 
     let base = Python::find()?;
     run(base.command().args(["-m", "venv", "--clear"]).arg(&folder))
         .context("cannot make a virtual environment; on Debian and Ubuntu: sudo apt-get install python3-venv")?;
-    run(Command::new(&python)
-        .stdin(Stdio::null())
-        .args(["-m", "pip", "install", "-r"])
-        .arg(requirements))?;
+    run(Command::new(&python).stdin(Stdio::null()).args(["-m", "pip", "install", "-r"]).arg(requirements))?;
     // Last, so that an environment that was cut short is made anew.
     fs::write(&stamp, wanted).with_context(|| format!("cannot write {}", stamp.display()))?;
     Ok(python)

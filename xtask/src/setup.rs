@@ -32,47 +32,29 @@ pub(crate) fn setup() -> Result<Libtorch> {
     }
     let link = workspace().join(".libtorch");
     // Cargo itself sets LIBTORCH to the link (see .cargo/config.toml) unless the user has set it.
-    if let Some(prefix) = std::env::var_os("LIBTORCH")
-        .map(PathBuf::from)
-        .filter(|prefix| *prefix != link)
-    {
+    if let Some(prefix) = std::env::var_os("LIBTORCH").map(PathBuf::from).filter(|prefix| *prefix != link) {
         check_prefix(&prefix)?;
         eprintln!("setup: using LIBTORCH={}", prefix.display());
         return Ok(Libtorch::User);
     }
-    let entry = pt_fetch::find(platform_entry(
-        std::env::consts::OS,
-        std::env::consts::ARCH,
-        cfg!(target_env = "musl"),
-    )?)?;
+    let entry =
+        pt_fetch::find(platform_entry(std::env::consts::OS, std::env::consts::ARCH, cfg!(target_env = "musl"))?)?;
     let folder = entry.folder()?;
     if let Some(prefix) = own_link(&link, &folder)? {
-        eprintln!(
-            "setup: .libtorch is {}, outside this cache; using it as it is",
-            prefix.display()
-        );
+        eprintln!("setup: .libtorch is {}, outside this cache; using it as it is", prefix.display());
         return Ok(Libtorch::Linked);
     }
     if !entry.is_fetched() {
         eprintln!("setup: fetching libtorch {VERSION} ({})", entry.licence);
-        eprintln!(
-            "setup: up to half a gigabyte to download, into {}",
-            folder.display()
-        );
+        eprintln!("setup: up to half a gigabyte to download, into {}", folder.display());
         pt_fetch::fetch_entry(entry, &mut |line| eprintln!("setup: {line}"))?;
         check_loads(&folder)?;
     }
     if fs::read_link(&link).is_ok_and(|target| target == folder) {
-        eprintln!(
-            "setup: libtorch {VERSION} is in place: .libtorch -> {}",
-            folder.display()
-        );
+        eprintln!("setup: libtorch {VERSION} is in place: .libtorch -> {}", folder.display());
     } else {
         replace_link(&link, &folder)?;
-        eprintln!(
-            "setup: linked .libtorch -> {}; plain `cargo build` works now",
-            folder.display()
-        );
+        eprintln!("setup: linked .libtorch -> {}; plain `cargo build` works now", folder.display());
     }
     Ok(Libtorch::Linked)
 }
@@ -97,8 +79,7 @@ fn own_link(link: &Path, folder: &Path) -> Result<Option<PathBuf>> {
         return Ok(None);
     };
     if !metadata.is_symlink() {
-        check_prefix(link)
-            .with_context(|| format!("{} is not a link, so it is left alone", link.display()))?;
+        check_prefix(link).with_context(|| format!("{} is not a link, so it is left alone", link.display()))?;
         return Ok(Some(link.to_path_buf()));
     }
     let target = fs::read_link(link).with_context(|| format!("cannot read {}", link.display()))?;
@@ -109,11 +90,7 @@ fn own_link(link: &Path, folder: &Path) -> Result<Option<PathBuf>> {
             name.strip_prefix("libtorch-")
                 .is_some_and(|version| version.starts_with(|first: char| first.is_ascii_digit()))
         });
-    if is_ours || check_prefix(link).is_err() {
-        Ok(None)
-    } else {
-        Ok(Some(target))
-    }
+    if is_ours || check_prefix(link).is_err() { Ok(None) } else { Ok(Some(target)) }
 }
 
 /// Points `link` to `folder` in one step, so that a build at the same time never misses it.
@@ -132,19 +109,14 @@ fn symlink(target: &Path, link: &Path) -> std::io::Result<()> {
 
 #[cfg(not(unix))]
 fn symlink(_target: &Path, _link: &Path) -> std::io::Result<()> {
-    Err(std::io::Error::new(
-        std::io::ErrorKind::Unsupported,
-        "links need Unix; set LIBTORCH instead",
-    ))
+    Err(std::io::Error::new(std::io::ErrorKind::Unsupported, "links need Unix; set LIBTORCH instead"))
 }
 
 /// Whether `prefix` can be built against.
 fn check_prefix(prefix: &Path) -> Result<()> {
     let shown = prefix.display();
     if prefix.is_relative() {
-        bail!(
-            "LIBTORCH is {shown}, a relative path; each crate is built in its own folder, so make it absolute"
-        );
+        bail!("LIBTORCH is {shown}, a relative path; each crate is built in its own folder, so make it absolute");
     }
     for folder in ["lib", "include"] {
         if !prefix.join(folder).is_dir() {
@@ -169,18 +141,11 @@ fn check_version(found: &str, place: &str) -> Result<()> {
 
 /// The PyTorch that the build script of tch will find: it asks `python` inside a virtual environment, else `python3`.
 fn installed_pytorch() -> Result<Libtorch> {
-    let program = if std::env::var_os("VIRTUAL_ENV").is_some() {
-        "python"
-    } else {
-        "python3"
-    };
-    let script = "import os, torch; print(torch.__version__); print(os.path.join(os.path.dirname(torch.__file__), 'lib'))";
-    let output = Command::new(program)
-        .args(["-c", script])
-        .stdin(Stdio::null())
-        .output();
-    let output = output
-        .with_context(|| format!("LIBTORCH_USE_PYTORCH is set, but `{program}` cannot be run"))?;
+    let program = if std::env::var_os("VIRTUAL_ENV").is_some() { "python" } else { "python3" };
+    let script =
+        "import os, torch; print(torch.__version__); print(os.path.join(os.path.dirname(torch.__file__), 'lib'))";
+    let output = Command::new(program).args(["-c", script]).stdin(Stdio::null()).output();
+    let output = output.with_context(|| format!("LIBTORCH_USE_PYTORCH is set, but `{program}` cannot be run"))?;
     if !output.status.success() {
         bail!(
             "LIBTORCH_USE_PYTORCH is set, but `{program}` cannot import torch: {}; \
@@ -189,10 +154,7 @@ fn installed_pytorch() -> Result<Libtorch> {
         );
     }
     let text = String::from_utf8_lossy(&output.stdout);
-    let (version, lib) = text
-        .trim()
-        .split_once('\n')
-        .context("`python` printed no version and path of torch")?;
+    let (version, lib) = text.trim().split_once('\n').context("`python` printed no version and path of torch")?;
     check_version(version, "the PyTorch of LIBTORCH_USE_PYTORCH")?;
     eprintln!("setup: using PyTorch {version} (LIBTORCH_USE_PYTORCH), libraries in {lib}");
     Ok(Libtorch::PyTorch { lib: lib.into() })
@@ -201,20 +163,12 @@ fn installed_pytorch() -> Result<Libtorch> {
 /// The compiler that the `cc` crate will call for tch's C++ files: $CXX, else `c++`.
 fn check_compiler() -> Result<()> {
     let works = |program: &str| {
-        let output = Command::new(program)
-            .arg("--version")
-            .stdin(Stdio::null())
-            .output();
+        let output = Command::new(program).arg("--version").stdin(Stdio::null()).output();
         output.is_ok_and(|output| output.status.success())
     };
     // CXX may carry a wrapper or flags: `ccache g++`.
-    let chosen = std::env::var("CXX")
-        .ok()
-        .filter(|value| !value.trim().is_empty());
-    if let Some(program) = chosen
-        .as_deref()
-        .and_then(|value| value.split_whitespace().next())
-    {
+    let chosen = std::env::var("CXX").ok().filter(|value| !value.trim().is_empty());
+    if let Some(program) = chosen.as_deref().and_then(|value| value.split_whitespace().next()) {
         if !works(program) {
             bail!("CXX is `{program}`, which cannot be run; unset it or name a C++ compiler");
         }
@@ -223,10 +177,7 @@ fn check_compiler() -> Result<()> {
     if works("c++") {
         return Ok(());
     }
-    match ["g++", "clang++"]
-        .into_iter()
-        .find(|program| works(program))
-    {
+    match ["g++", "clang++"].into_iter().find(|program| works(program)) {
         Some(program) => {
             bail!("there is `{program}` but no `c++`; run `export CXX={program}` and try again")
         }
@@ -251,10 +202,7 @@ fn check_loads(prefix: &Path) -> Result<()> {
         .output()
         .context("cannot run Python")?;
     if !output.status.success() {
-        bail!(
-            "libtorch was fetched but does not load on this machine: {}",
-            last_line(&output.stderr)
-        );
+        bail!("libtorch was fetched but does not load on this machine: {}", last_line(&output.stderr));
     }
     Ok(())
 }
@@ -265,17 +213,9 @@ mod tests {
 
     #[test]
     fn every_platform_of_the_table_is_in_the_catalog() {
-        for (os, arch) in [
-            ("linux", "x86_64"),
-            ("linux", "aarch64"),
-            ("macos", "aarch64"),
-        ] {
+        for (os, arch) in [("linux", "x86_64"), ("linux", "aarch64"), ("macos", "aarch64")] {
             let entry = pt_fetch::find(platform_entry(os, arch, false).unwrap()).unwrap();
-            assert!(
-                entry.name.ends_with(&format!("{os}-{arch}")),
-                "{}",
-                entry.name
-            );
+            assert!(entry.name.ends_with(&format!("{os}-{arch}")), "{}", entry.name);
             let torch = &entry.packages[0];
             assert_eq!(torch.requirement(), format!("torch=={VERSION}"));
             assert!(torch.platforms[0].ends_with(if os == "macos" { "arm64" } else { arch }));
@@ -284,16 +224,10 @@ mod tests {
 
     #[test]
     fn other_platforms_are_told_to_bring_their_own() {
-        for (os, arch, is_musl) in [
-            ("windows", "x86_64", false),
-            ("macos", "x86_64", false),
-            ("linux", "x86_64", true),
-        ] {
+        for (os, arch, is_musl) in [("windows", "x86_64", false), ("macos", "x86_64", false), ("linux", "x86_64", true)]
+        {
             let message = platform_entry(os, arch, is_musl).unwrap_err().to_string();
-            assert!(
-                message.contains("set LIBTORCH") && message.contains(os),
-                "{message}"
-            );
+            assert!(message.contains("set LIBTORCH") && message.contains(os), "{message}");
         }
     }
 
@@ -312,25 +246,10 @@ mod tests {
         fs::write(good.join("build-version"), "2.11.0+cu130\n").unwrap();
         check_prefix(&good).unwrap();
         fs::write(good.join("build-version"), "2.4.0").unwrap();
-        assert!(
-            check_prefix(&good)
-                .unwrap_err()
-                .to_string()
-                .contains("version 2.4.0, expected 2.11.0")
-        );
+        assert!(check_prefix(&good).unwrap_err().to_string().contains("version 2.4.0, expected 2.11.0"));
         fs::remove_dir(good.join("include")).unwrap();
-        assert!(
-            check_prefix(&good)
-                .unwrap_err()
-                .to_string()
-                .contains("include/")
-        );
-        assert!(
-            check_prefix(Path::new("libtorch"))
-                .unwrap_err()
-                .to_string()
-                .contains("relative")
-        );
+        assert!(check_prefix(&good).unwrap_err().to_string().contains("include/"));
+        assert!(check_prefix(Path::new("libtorch")).unwrap_err().to_string().contains("relative"));
     }
 
     #[cfg(unix)]

@@ -16,11 +16,7 @@ pub(crate) fn test(extra: &[String]) -> Result<()> {
     let libtorch = setup::setup()?;
     let model = fetch::one(MODEL)?;
     let mut command = cargo(&libtorch);
-    command
-        .arg("test")
-        .args(selection(extra))
-        .args(extra)
-        .env("PT_TEST_MODEL", model);
+    command.arg("test").args(selection(extra)).args(extra).env("PT_TEST_MODEL", model);
     run_counted(&mut command)
 }
 
@@ -30,38 +26,23 @@ pub(crate) fn selection(extra: &[String]) -> Vec<&'static str> {
     let before_dashes = extra.iter().take_while(|argument| *argument != "--");
     let mut names_packages = false;
     for argument in before_dashes {
-        names_packages |= argument == "--workspace"
-            || argument.starts_with("-p")
-            || argument.starts_with("--package");
+        names_packages |= argument == "--workspace" || argument.starts_with("-p") || argument.starts_with("--package");
     }
-    if names_packages {
-        vec!["--no-fail-fast"]
-    } else {
-        vec!["--workspace", "--no-fail-fast"]
-    }
+    if names_packages { vec!["--no-fail-fast"] } else { vec!["--workspace", "--no-fail-fast"] }
 }
 
 /// Runs `cargo test`, passing its output on, and ends with the failures by name and `N passed, N failed`.
 pub(crate) fn run_counted(command: &mut Command) -> Result<()> {
     let line = describe(command);
     eprintln!("$ {line}");
-    let mut child = command
-        .stdout(Stdio::piped())
-        .spawn()
-        .with_context(|| format!("cannot run `{line}`"))?;
+    let mut child = command.stdout(Stdio::piped()).spawn().with_context(|| format!("cannot run `{line}`"))?;
     let mut tally = Tally::default();
     if let Some(output) = child.stdout.take() {
         let mut reader = BufReader::new(output);
         let mut bytes = Vec::new();
         // By bytes: a test may print what is not UTF-8.
-        while reader
-            .read_until(b'\n', &mut bytes)
-            .context("cannot read the output of cargo")?
-            > 0
-        {
-            std::io::stdout()
-                .write_all(&bytes)
-                .context("cannot write to standard output")?;
+        while reader.read_until(b'\n', &mut bytes).context("cannot read the output of cargo")? > 0 {
+            std::io::stdout().write_all(&bytes).context("cannot write to standard output")?;
             tally.read(&String::from_utf8_lossy(&bytes));
             bytes.clear();
         }
@@ -80,11 +61,7 @@ pub(crate) fn run_counted(command: &mut Command) -> Result<()> {
         );
     }
     if !status.success() {
-        bail!(
-            "{} of {} tests failed",
-            tally.failed,
-            tally.failed + tally.passed
-        );
+        bail!("{} of {} tests failed", tally.failed, tally.failed + tally.passed);
     }
     Ok(())
 }
@@ -102,21 +79,12 @@ impl Tally {
         let line = line.trim_end();
         if let Some(counts) = line.strip_prefix("test result: ") {
             let count_before = |word: &str| {
-                let before = counts
-                    .split_once(word)
-                    .map_or("", |(before, _)| before.trim_end());
-                before
-                    .rsplit(' ')
-                    .next()
-                    .and_then(|number| number.parse().ok())
-                    .unwrap_or(0)
+                let before = counts.split_once(word).map_or("", |(before, _)| before.trim_end());
+                before.rsplit(' ').next().and_then(|number| number.parse().ok()).unwrap_or(0)
             };
             self.passed += count_before(" passed;");
             self.failed += count_before(" failed;");
-        } else if let Some(name) = line
-            .strip_prefix("test ")
-            .and_then(|rest| rest.strip_suffix(" ... FAILED"))
-        {
+        } else if let Some(name) = line.strip_prefix("test ").and_then(|rest| rest.strip_suffix(" ... FAILED")) {
             self.names.push(name.to_owned());
         }
     }
@@ -138,29 +106,14 @@ mod tests {
         ] {
             tally.read(line);
         }
-        assert_eq!(
-            tally,
-            Tally {
-                passed: 42,
-                failed: 1,
-                names: vec!["a::breaks".into()]
-            }
-        );
+        assert_eq!(tally, Tally { passed: 42, failed: 1, names: vec!["a::breaks".into()] });
     }
 
     #[test]
     fn naming_a_package_replaces_the_workspace() {
-        let strings = |words: &[&str]| {
-            words
-                .iter()
-                .map(|word| (*word).to_owned())
-                .collect::<Vec<_>>()
-        };
+        let strings = |words: &[&str]| words.iter().map(|word| (*word).to_owned()).collect::<Vec<_>>();
         assert_eq!(selection(&[]), ["--workspace", "--no-fail-fast"]);
         assert_eq!(selection(&strings(&["-p", "pt-model"])), ["--no-fail-fast"]);
-        assert_eq!(
-            selection(&strings(&["packed", "--", "-p"])),
-            ["--workspace", "--no-fail-fast"]
-        );
+        assert_eq!(selection(&strings(&["packed", "--", "-p"])), ["--workspace", "--no-fail-fast"]);
     }
 }

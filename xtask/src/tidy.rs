@@ -11,11 +11,7 @@ use crate::setup::{self, Libtorch};
 
 /// Runs every check (with `quick`, those that need no libtorch), then lists those that failed.
 pub(crate) fn tidy(quick: bool) -> Result<()> {
-    let libtorch = if quick {
-        Libtorch::Linked
-    } else {
-        setup::setup()?
-    };
+    let libtorch = if quick { Libtorch::Linked } else { setup::setup()? };
     for (name, component) in [("fmt", "rustfmt"), ("clippy", "clippy")] {
         let installed = cargo(&libtorch).args([name, "--version"]).output();
         if !installed.is_ok_and(|output| output.status.success()) {
@@ -30,27 +26,12 @@ pub(crate) fn tidy(quick: bool) -> Result<()> {
         }
     };
     check("house rules", house_rules(&workspace()));
-    check(
-        "format",
-        run(cargo(&libtorch).args(["fmt", "--all", "--check"])),
-    );
+    check("format", run(cargo(&libtorch).args(["fmt", "--all", "--check"])));
     if !quick {
-        let clippy = [
-            "clippy",
-            "--workspace",
-            "--all-targets",
-            "--",
-            "-D",
-            "warnings",
-        ];
+        let clippy = ["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"];
         check("clippy", run(cargo(&libtorch).args(clippy)));
         let docs = ["doc", "--no-deps", "--workspace"];
-        check(
-            "docs",
-            run(cargo(&libtorch)
-                .args(docs)
-                .env("RUSTDOCFLAGS", "-Dwarnings")),
-        );
+        check("docs", run(cargo(&libtorch).args(docs).env("RUSTDOCFLAGS", "-Dwarnings")));
     }
     if failed.is_empty() {
         eprintln!("tidy: all checks pass");
@@ -76,29 +57,20 @@ fn house_rules(root: &Path) -> Result<()> {
 
 /// What git tracks; without git, every file outside the folders that git ignores.
 fn tracked_files(root: &Path) -> Vec<PathBuf> {
-    let listed = Command::new("git")
-        .args(["ls-files", "-z"])
-        .current_dir(root)
-        .stdin(Stdio::null())
-        .output();
+    let listed = Command::new("git").args(["ls-files", "-z"]).current_dir(root).stdin(Stdio::null()).output();
     if let Ok(output) = listed
         && output.status.success()
     {
         let text = String::from_utf8_lossy(&output.stdout).into_owned();
-        return text
-            .split('\0')
-            .filter(|path| !path.is_empty())
-            .map(PathBuf::from)
-            .collect();
+        return text.split('\0').filter(|path| !path.is_empty()).map(PathBuf::from).collect();
     }
     let mut files = Vec::new();
     let mut folders = vec![root.to_path_buf()];
     while let Some(folder) = folders.pop() {
         for entry in fs::read_dir(&folder).into_iter().flatten().flatten() {
             let name = entry.file_name();
-            let is_ignored = ["target", ".git", ".libtorch", "runs", "__pycache__"]
-                .iter()
-                .any(|ignored| name == *ignored);
+            let is_ignored =
+                ["target", ".git", ".libtorch", "runs", "__pycache__"].iter().any(|ignored| name == *ignored);
             match entry.file_type() {
                 Ok(kind) if kind.is_dir() && !is_ignored => folders.push(entry.path()),
                 Ok(kind) if kind.is_file() => {
@@ -128,41 +100,28 @@ fn faults_of(path: &str, text: &str) -> Vec<String> {
     if path != "Cargo.lock" {
         for (number, line) in text.lines().enumerate() {
             for foreign in FOREIGN.iter().filter(|foreign| line.contains(**foreign)) {
-                faults.push(format!(
-                    "{path}:{}: names `{foreign}`, which is of one machine or index",
-                    number + 1
-                ));
+                faults.push(format!("{path}:{}: names `{foreign}`, which is of one machine or index", number + 1));
             }
         }
     }
     let in_tensor = path.starts_with("crates/pt-tensor/");
     if path.ends_with("Cargo.toml") && path != "Cargo.toml" && !in_tensor {
-        for (number, line) in text
-            .lines()
-            .enumerate()
-            .filter(|(_, line)| line.starts_with("tch") && has_word(line, "tch"))
+        for (number, line) in
+            text.lines().enumerate().filter(|(_, line)| line.starts_with("tch") && has_word(line, "tch"))
         {
-            faults.push(format!(
-                "{path}:{}: `{line}`: only pt-tensor depends on tch; use its re-exports",
-                number + 1
-            ));
+            faults.push(format!("{path}:{}: `{line}`: only pt-tensor depends on tch; use its re-exports", number + 1));
         }
     }
     if !path.ends_with(".rs") {
         return faults;
     }
     if text.lines().count() > MAX_LINES {
-        faults.push(format!(
-            "{path}: {} lines, at most {MAX_LINES}; split it",
-            text.lines().count()
-        ));
+        faults.push(format!("{path}: {} lines, at most {MAX_LINES}; split it", text.lines().count()));
     }
     let may_be_unsafe = in_tensor || path.starts_with("crates/pt-quant/");
     let is_root = path.ends_with("/src/lib.rs") || path.ends_with("/src/main.rs");
     if is_root && !may_be_unsafe && !text.contains("#![forbid(unsafe_code)]") {
-        faults.push(format!(
-            "{path}: the crate does not open with #![forbid(unsafe_code)]"
-        ));
+        faults.push(format!("{path}: the crate does not open with #![forbid(unsafe_code)]"));
     }
     for (number, line) in code_only(text).lines().enumerate() {
         let mut fault = |what: &str| faults.push(format!("{path}:{}: {what}", number + 1));
@@ -172,10 +131,7 @@ fn faults_of(path: &str, text: &str) -> Vec<String> {
         if !may_be_unsafe && has_word(line, "unsafe") {
             fault("unsafe code belongs in pt-tensor or pt-quant");
         }
-        if ["todo", "unimplemented"]
-            .iter()
-            .any(|name| has_word(line, name) && line.contains(&format!("{name}!")))
-        {
+        if ["todo", "unimplemented"].iter().any(|name| has_word(line, name) && line.contains(&format!("{name}!"))) {
             fault("unfinished code");
         }
         if line.contains("#[ignore") {
@@ -187,9 +143,8 @@ fn faults_of(path: &str, text: &str) -> Vec<String> {
 
 fn has_word(line: &str, word: &str) -> bool {
     let is_part = |found: char| found.is_alphanumeric() || found == '_';
-    line.match_indices(word).any(|(start, _)| {
-        !line[..start].ends_with(is_part) && !line[start + word.len()..].starts_with(is_part)
-    })
+    line.match_indices(word)
+        .any(|(start, _)| !line[..start].ends_with(is_part) && !line[start + word.len()..].starts_with(is_part))
 }
 
 /// Rust source with comments and string contents blanked, lines kept. Not a full lexer: enough to keep prose
@@ -205,9 +160,7 @@ fn code_only(text: &str) -> String {
         } else if let Some(hashes) = raw_string_hashes(rest, &code) {
             let open = 2 + hashes;
             let close = format!("\"{}", "#".repeat(hashes));
-            rest[open..]
-                .find(&close)
-                .map_or(rest.len(), |end| open + end + close.len())
+            rest[open..].find(&close).map_or(rest.len(), |end| open + end + close.len())
         } else if first == '"' {
             string_length(rest)
         } else if rest.starts_with("'\"'") {
@@ -261,21 +214,9 @@ mod tests {
         let line = "fn f(t: &tch::Tensor) {}\n";
         assert_eq!(faults("crates/pt-model/src/x.rs", line), 1);
         assert_eq!(faults("crates/pt-tensor/src/x.rs", line), 0);
-        assert_eq!(
-            faults(
-                "crates/pt-model/Cargo.toml",
-                "[dependencies]\ntch.workspace = true\n"
-            ),
-            1
-        );
+        assert_eq!(faults("crates/pt-model/Cargo.toml", "[dependencies]\ntch.workspace = true\n"), 1);
         assert_eq!(faults("Cargo.toml", "tch = \"=0.24.0\"\n"), 0);
-        assert_eq!(
-            faults(
-                "crates/pt-model/src/x.rs",
-                "//! Like `tch::Tensor`, batch::of, `switch::x`.\n"
-            ),
-            0
-        );
+        assert_eq!(faults("crates/pt-model/src/x.rs", "//! Like `tch::Tensor`, batch::of, `switch::x`.\n"), 0);
     }
 
     #[test]
@@ -290,34 +231,19 @@ mod tests {
             ),
             0
         );
-        assert_eq!(
-            faults("xtask/src/x.rs", "let quote = '\"'; unsafe { g() }\n"),
-            1
-        );
+        assert_eq!(faults("xtask/src/x.rs", "let quote = '\"'; unsafe { g() }\n"), 1);
     }
 
     #[test]
     fn a_crate_root_forbids_unsafe_code() {
         assert_eq!(faults("crates/pt-peft/src/lib.rs", "//! Docs.\n"), 1);
-        assert_eq!(
-            faults(
-                "crates/pt-peft/src/lib.rs",
-                "//! Docs.\n#![forbid(unsafe_code)]\n"
-            ),
-            0
-        );
+        assert_eq!(faults("crates/pt-peft/src/lib.rs", "//! Docs.\n#![forbid(unsafe_code)]\n"), 0);
         assert_eq!(faults("crates/pt-tensor/src/lib.rs", "//! Docs.\n"), 0);
     }
 
     #[test]
     fn unfinished_code_ignored_tests_and_machine_paths_are_faults() {
-        assert_eq!(
-            faults(
-                "xtask/src/x.rs",
-                concat!("fn f() { to", "do!() }\n#[ig", "nore]\n")
-            ),
-            2
-        );
+        assert_eq!(faults("xtask/src/x.rs", concat!("fn f() { to", "do!() }\n#[ig", "nore]\n")), 2);
         assert_eq!(faults("README.md", concat!("see /wo", "rk/main\n")), 1);
         assert_eq!(faults("README.md", "a framework/of ideas\n"), 0);
     }

@@ -37,7 +37,8 @@ pub(crate) struct Opened {
 impl Opened {
     /// Tokenizer, template and stop ids.
     pub(crate) fn encoder(&self) -> Result<ModelEncoder<'_>> {
-        ModelEncoder::new(&self.pretrained).context("the model carries no tokenizer: put its tokenizer.json beside config.json")
+        ModelEncoder::new(&self.pretrained)
+            .context("the model carries no tokenizer: put its tokenizer.json beside config.json")
     }
 }
 

@@ -23,7 +23,10 @@ impl std::error::Error for Usage {}
 /// Prints the chain of causes and what to do; returns the exit code.
 pub(crate) fn report(error: &anyhow::Error) -> ExitCode {
     // A reader that closed the pipe (`pt generate | head`) has what it wanted.
-    if error.chain().any(|e| e.downcast_ref::<std::io::Error>().is_some_and(|e| e.kind() == std::io::ErrorKind::BrokenPipe)) {
+    if error
+        .chain()
+        .any(|e| e.downcast_ref::<std::io::Error>().is_some_and(|e| e.kind() == std::io::ErrorKind::BrokenPipe))
+    {
         return ExitCode::SUCCESS;
     }
     let mut said: Vec<String> = Vec::new();

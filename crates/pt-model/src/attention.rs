@@ -1,7 +1,7 @@
 //! Attention over packed prompt groups: no padding, and a shared prompt's keys stand once.
 
-use crate::batch::{AttentionPlan, Segment};
 use crate::Result;
+use crate::batch::{AttentionPlan, Segment};
 use pt_tensor::autograd::attach_backward;
 use pt_tensor::{Device, Kind, Tensor, TensorError, no_grad};
 use std::sync::Arc;
@@ -32,7 +32,14 @@ pub fn packed_attention(
             .map(|segment| {
                 let view = View::new(segment, query, key, value, window);
                 Ok(Tensor::f_scaled_dot_product_attention(
-                    &view.query, &view.key, &view.value, view.mask.as_ref(), 0.0, view.mask.is_none(), scale, false,
+                    &view.query,
+                    &view.key,
+                    &view.value,
+                    view.mask.as_ref(),
+                    0.0,
+                    view.mask.is_none(),
+                    scale,
+                    false,
                 )?
                 .squeeze_dim(0)
                 .transpose(0, 1))
@@ -116,7 +123,13 @@ fn cpu_attention(
         for segment in &plan.segments {
             let view = View::new(segment, q, k, v, window);
             let (out, row_sum) = Tensor::f_internal_scaled_dot_product_flash_attention_for_cpu(
-                &view.query, &view.key, &view.value, 0.0, view.mask.is_none(), view.mask.as_ref(), scale,
+                &view.query,
+                &view.key,
+                &view.value,
+                0.0,
+                view.mask.is_none(),
+                view.mask.as_ref(),
+                scale,
             )?;
             rows(&output, segment).copy_(&out.squeeze_dim(0).transpose(0, 1));
             row_sums.push(row_sum);
@@ -136,14 +149,26 @@ fn cpu_attention(
             let view = View::new(segment, q, k, v, window);
             let as_heads = |t: &Tensor| rows(t, segment).transpose(0, 1).unsqueeze(0);
             let (dq, dk, dv) = Tensor::f_internal_scaled_dot_product_flash_attention_for_cpu_backward(
-                &as_heads(&grad), &view.query, &view.key, &view.value, &as_heads(&saved_output), row_sum, 0.0,
-                view.mask.is_none(), view.mask.as_ref(), scale,
+                &as_heads(&grad),
+                &view.query,
+                &view.key,
+                &view.value,
+                &as_heads(&saved_output),
+                row_sum,
+                0.0,
+                view.mask.is_none(),
+                view.mask.as_ref(),
+                scale,
             )?;
             rows(&grad_q, segment).copy_(&dq.squeeze_dim(0).transpose(0, 1));
             for (total, part) in [(&grad_k, dk), (&grad_v, dv)] {
                 let part = part.squeeze_dim(0).transpose(0, 1); // [keys, num_heads, head_dim]
                 let size = part.size();
-                let part = part.reshape([size[0], kv_heads, size[1] / kv_heads, size[2]]).sum_dim_intlist(2, false, part.kind());
+                let part = part.reshape([size[0], kv_heads, size[1] / kv_heads, size[2]]).sum_dim_intlist(
+                    2,
+                    false,
+                    part.kind(),
+                );
                 let prefix = segment.prefix.end - segment.prefix.start;
                 if prefix > 0 {
                     let _ = total.narrow(0, segment.prefix.start, prefix).g_add_(&part.narrow(0, 0, prefix));

@@ -122,7 +122,10 @@ impl PackedBatch {
             }
             for completion in &group.completions {
                 if completion.token_ids.len() != completion.is_label.len() {
-                    return Err(ModelError::Batch { group: index, reason: "is_label and token_ids differ in length".into() });
+                    return Err(ModelError::Batch {
+                        group: index,
+                        reason: "is_label and token_ids differ in length".into(),
+                    });
                 }
                 let own = ids.len() as i64;
                 let len = completion.token_ids.len() as i64;
@@ -222,10 +225,8 @@ mod tests {
 
     #[test]
     fn values_at_labels_sum_by_completion() {
-        let group = PromptGroup {
-            prompt: vec![1],
-            completions: vec![Completion::new(vec![4, 5]), Completion::new(vec![6])],
-        };
+        let group =
+            PromptGroup { prompt: vec![1], completions: vec![Completion::new(vec![4, 5]), Completion::new(vec![6])] };
         let batch = PackedBatch::new(&[group], Device::Cpu).unwrap();
         let sums = batch.sum_by_completion(&Tensor::from_slice(&[-1f32, -2., -4.]));
         assert_eq!(Vec::<f32>::try_from(&sums).unwrap(), [-3., -4.]);

@@ -83,10 +83,9 @@ impl ChatTemplate {
             Err(Error::new(ErrorKind::InvalidOperation, message.to_string()))
         });
         environment.add_function("strftime_now", |format: &str| python::strftime(format, std::time::SystemTime::now()));
-        environment.add_template_owned(NAME, without_generation_tags(source)).map_err(|error| ModelError::TemplateSyntax {
-            line: error.line().unwrap_or(1),
-            reason: reason(&error),
-        })?;
+        environment
+            .add_template_owned(NAME, without_generation_tags(source))
+            .map_err(|error| ModelError::TemplateSyntax { line: error.line().unwrap_or(1), reason: reason(&error) })?;
         let owned = |token: Option<&str>| token.map(str::to_string);
         Ok(Self { environment, source: source.into(), bos_token: owned(bos_token), eos_token: owned(eos_token) })
     }
@@ -116,8 +115,14 @@ impl ChatTemplate {
     ///
     /// # Errors
     /// [`ModelError::TemplateRender`] when the template refuses the messages (`raise_exception`) or fails on them.
-    pub fn render(&self, messages: &[Message], tools: Option<&serde_json::Value>, add_generation_prompt: bool) -> Result<String> {
-        let failed = |error: Error| ModelError::TemplateRender { line: error.line().unwrap_or(0), reason: reason(&error) };
+    pub fn render(
+        &self,
+        messages: &[Message],
+        tools: Option<&serde_json::Value>,
+        add_generation_prompt: bool,
+    ) -> Result<String> {
+        let failed =
+            |error: Error| ModelError::TemplateRender { line: error.line().unwrap_or(0), reason: reason(&error) };
         let mut context = std::collections::BTreeMap::from([
             ("messages", Value::from_serialize(messages)),
             ("tools", tools.map_or(Value::from(()), Value::from_serialize)),
@@ -153,8 +158,8 @@ fn tojson(value: &Value, kwargs: Kwargs) -> std::result::Result<Value, Error> {
     if value.kind() == ValueKind::Undefined {
         return Err(Error::new(ErrorKind::UndefinedError, "tojson of an undefined value"));
     }
-    let mut json = serde_json::to_value(value)
-        .map_err(|error| Error::new(ErrorKind::BadSerialization, error.to_string()))?;
+    let mut json =
+        serde_json::to_value(value).map_err(|error| Error::new(ErrorKind::BadSerialization, error.to_string()))?;
     if sort_keys == Some(true) {
         json.sort_all_objects();
     }
@@ -220,9 +225,13 @@ mod tests {
 
     #[test]
     fn contents_may_be_null_or_parts_of_text() {
-        let message: Message = serde_json::from_value(json!({"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]})).unwrap();
+        let message: Message = serde_json::from_value(
+            json!({"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}),
+        )
+        .unwrap();
         assert_eq!(message.content, "ab");
-        let message: Message = serde_json::from_value(json!({"role": "assistant", "content": null, "tool_calls": []})).unwrap();
+        let message: Message =
+            serde_json::from_value(json!({"role": "assistant", "content": null, "tool_calls": []})).unwrap();
         assert_eq!((message.content.as_str(), message.extra.len()), ("", 1));
         assert!(serde_json::from_value::<Message>(json!({"role": "user", "content": [{"type": "image"}]})).is_err());
     }

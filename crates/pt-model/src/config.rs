@@ -224,7 +224,9 @@ impl ModelConfig {
             other => return Err(ModelError::field(path, "config", other.to_string(), "a JSON object")),
         };
         let fields = Fields { path, prefix: "", object: &raw };
-        let model_type = fields.text(&["model_type"])?.ok_or_else(|| fields.missing(&["model_type"], "the name of an architecture"))?;
+        let model_type = fields
+            .text(&["model_type"])?
+            .ok_or_else(|| fields.missing(&["model_type"], "the name of an architecture"))?;
         let architecture = architecture_of(path, "model_type", model_type)?;
         let config = match architecture {
             Architecture::Gpt2 => Self::gpt2(&fields)?,
@@ -252,7 +254,12 @@ impl ModelConfig {
             Architecture::Mistral if !fields.object.contains_key("sliding_window") => Some(4096),
             Architecture::Mistral => fields.size(&["sliding_window"])?,
             Architecture::Qwen2 if fields.flag("use_sliding_window", false)? => {
-                return Err(ModelError::field(fields.path, "use_sliding_window", "true", "false: windows per layer are not supported"));
+                return Err(ModelError::field(
+                    fields.path,
+                    "use_sliding_window",
+                    "true",
+                    "false: windows per layer are not supported",
+                ));
             }
             _ => None,
         };
@@ -373,11 +380,15 @@ impl ModelConfig {
             set("num_hidden_layers", size("block_count")?.into());
             set("intermediate_size", size("feed_forward_length")?.into());
             set("max_position_embeddings", size("context_length")?.into());
-            set("num_key_value_heads", metadata.size(path, &key("attention.head_count_kv"))?.unwrap_or(num_heads).into());
+            set(
+                "num_key_value_heads",
+                metadata.size(path, &key("attention.head_count_kv"))?.unwrap_or(num_heads).into(),
+            );
             set("rms_norm_eps", metadata.required_number(path, &key("attention.layer_norm_rms_epsilon"))?.into());
             set("rope_theta", metadata.number(path, &key("rope.freq_base"))?.unwrap_or(10_000.0).into());
             set("hidden_act", "silu".into());
-            if let Some(head_dim) = metadata.size(path, &key("attention.key_length"))?
+            if let Some(head_dim) = metadata
+                .size(path, &key("attention.key_length"))?
                 .or(metadata.size(path, &key("rope.dimension_count"))?)
             {
                 set("head_dim", head_dim.into());
@@ -401,7 +412,12 @@ impl ModelConfig {
             return Err(ModelError::field(path, "num_key_value_heads", self.num_kv_heads.to_string(), expected));
         }
         if self.architecture != Architecture::Gpt2 && self.head_dim % 2 != 0 {
-            return Err(ModelError::field(path, "head_dim", self.head_dim.to_string(), "an even number (rotary pairs)"));
+            return Err(ModelError::field(
+                path,
+                "head_dim",
+                self.head_dim.to_string(),
+                "an even number (rotary pairs)",
+            ));
         }
         Ok(())
     }
@@ -425,7 +441,14 @@ fn activation(fields: &Fields<'_>, names: &[&'static str], default: Activation) 
         Some("gelu") => Activation::Gelu,
         Some("gelu_new" | "gelu_pytorch_tanh" | "gelu_fast") => Activation::GeluTanh,
         Some("relu") => Activation::Relu,
-        Some(other) => return Err(ModelError::field(fields.path, names[0], other, "silu, gelu, gelu_new, gelu_pytorch_tanh or relu")),
+        Some(other) => {
+            return Err(ModelError::field(
+                fields.path,
+                names[0],
+                other,
+                "silu, gelu, gelu_new, gelu_pytorch_tanh or relu",
+            ));
+        }
     })
 }
 
@@ -451,7 +474,9 @@ fn rope(fields: &Fields<'_>) -> Result<(f64, RopeScaling)> {
             high_freq_factor: inner.required_positive(&["high_freq_factor"])?,
             original_max_position_embeddings: inner.required_positive(&["original_max_position_embeddings"])?,
         },
-        Some(other) => return Err(ModelError::field(fields.path, format!("{name}.rope_type"), other, "default, linear or llama3")),
+        Some(other) => {
+            return Err(ModelError::field(fields.path, format!("{name}.rope_type"), other, "default, linear or llama3"));
+        }
     };
     Ok((theta, scaling))
 }
@@ -506,7 +531,9 @@ mod tests {
 
     #[test]
     fn gpt2_reads_its_own_names() {
-        let config = read(json!({"model_type": "gpt2", "n_embd": 32, "n_head": 4, "n_layer": 2, "n_positions": 64, "vocab_size": 50}));
+        let config = read(
+            json!({"model_type": "gpt2", "n_embd": 32, "n_head": 4, "n_layer": 2, "n_positions": 64, "vocab_size": 50}),
+        );
         let config = config.unwrap();
         assert_eq!((config.intermediate_size, config.head_dim, config.hidden_act), (128, 8, Activation::GeluTanh));
         assert!(config.tie_word_embeddings);

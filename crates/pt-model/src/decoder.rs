@@ -50,9 +50,7 @@ impl Norm {
         let weight = replaced.as_ref().unwrap_or(&self.weight);
         Ok(match &self.bias {
             None => pt_tensor::rms_norm(hidden_states, weight, self.eps)?,
-            Some(bias) => hidden_states
-                .f_layer_norm(weight.size(), Some(weight), Some(bias), self.eps, false)
-                ?,
+            Some(bias) => hidden_states.f_layer_norm(weight.size(), Some(weight), Some(bias), self.eps, false)?,
         })
     }
 }
@@ -95,7 +93,13 @@ struct Layer {
 
 impl Layer {
     /// `hidden_states: [tokens, hidden_size]` → the same shape.
-    fn forward(&self, hidden_states: &Tensor, rotary: Option<&(Tensor, Tensor)>, attend: &dyn Attend, sites: &dyn Sites) -> Result<Tensor> {
+    fn forward(
+        &self,
+        hidden_states: &Tensor,
+        rotary: Option<&(Tensor, Tensor)>,
+        attend: &dyn Attend,
+        sites: &dyn Sites,
+    ) -> Result<Tensor> {
         let normed = self.attention_norm.forward(hidden_states, sites)?;
         let heads = |t: Tensor| t.view([t.size()[0], -1, self.head_dim]); // [tokens, heads, head_dim]
         let [mut query, mut key, value] = match &self.qkv {
@@ -126,7 +130,9 @@ impl Layer {
                 };
                 sites.linear(down, &inner)?
             }
-            Mlp::Plain([up, down], activation) => sites.linear(down, &activate(*activation, &sites.linear(up, &normed)?))?,
+            Mlp::Plain([up, down], activation) => {
+                sites.linear(down, &activate(*activation, &sites.linear(up, &normed)?))?
+            }
         };
         let hidden_states = hidden_states + sites.branch(Branch::Mlp, self.index, &normed, branch)?;
         sites.gap(self.index, hidden_states)
@@ -212,13 +218,30 @@ impl CausalLm {
         let lm_head = if config.tie_word_embeddings {
             loader.used.push("lm_head.weight".into());
             let weight: Rc<dyn Weight> = Rc::new(DenseWeight::new(embedding.shallow_clone())?);
-            Linear { index: loader.take_index(), path: "lm_head".into(), weight, bias: None, is_transposed_in_file: false }
+            Linear {
+                index: loader.take_index(),
+                path: "lm_head".into(),
+                weight,
+                bias: None,
+                is_transposed_in_file: false,
+            }
         } else {
             loader.linear("lm_head", hidden, vocab, false, false)?
         };
         loader.check_all_used()?;
         let rope = (!gpt2).then(|| Rope::new(config, device)).transpose()?.map(RefCell::new);
-        Ok(Self { config: config.clone(), device, kind, embed_path, embedding, position_embedding, layers, final_norm, lm_head, rope })
+        Ok(Self {
+            config: config.clone(),
+            device,
+            kind,
+            embed_path,
+            embedding,
+            position_embedding,
+            layers,
+            final_norm,
+            lm_head,
+            rope,
+        })
     }
 
     /// What the checkpoint says of the architecture.
@@ -276,7 +299,10 @@ impl CausalLm {
                 continue;
             }
             let dense = linear.weight.dense()?;
-            all.push((format!("{}.weight", linear.path), if linear.is_transposed_in_file { dense.tr() } else { dense }));
+            all.push((
+                format!("{}.weight", linear.path),
+                if linear.is_transposed_in_file { dense.tr() } else { dense },
+            ));
             if let Some(bias) = &linear.bias {
                 all.push((format!("{}.bias", linear.path), bias.shallow_clone()));
             }
@@ -300,7 +326,9 @@ impl CausalLm {
         for (name, tensor) in self.named_parameters()? {
             let is_dense = tensor.is_leaf() || name.contains("c_");
             if !is_dense {
-                return Err(ModelError::Unsupported { what: format!("full fine-tuning of `{name}`, which is not a dense weight") });
+                return Err(ModelError::Unsupported {
+                    what: format!("full fine-tuning of `{name}`, which is not a dense weight"),
+                });
             }
             let _ = tensor.set_requires_grad(true);
         }
@@ -308,7 +336,14 @@ impl CausalLm {
     }
 
     /// Final hidden states before the last norm of all tokens of a batch: `[total_tokens, hidden_size]`.
-    fn run(&self, input_ids: &Tensor, positions: &Tensor, attend: Rc<dyn Attend>, sites: &Rc<dyn Sites>, options: RunOptions) -> Result<Tensor> {
+    fn run(
+        &self,
+        input_ids: &Tensor,
+        positions: &Tensor,
+        attend: Rc<dyn Attend>,
+        sites: &Rc<dyn Sites>,
+        options: RunOptions,
+    ) -> Result<Tensor> {
         let replaced = sites.parameter(self.embed_path);
         let table = replaced.as_ref().unwrap_or(&self.embedding);
         let mut hidden_states = Tensor::f_embedding(table, input_ids, -1, false, false)?.to_kind(self.kind);
@@ -359,7 +394,13 @@ impl CausalLm {
     ///
     /// # Errors
     /// As [`hidden_states`](Self::hidden_states).
-    pub fn label_logprobs(&self, batch: &PackedBatch, sites: &Rc<dyn Sites>, run: RunOptions, options: &LabelLogprobs) -> Result<LabelOutput> {
+    pub fn label_logprobs(
+        &self,
+        batch: &PackedBatch,
+        sites: &Rc<dyn Sites>,
+        run: RunOptions,
+        options: &LabelLogprobs,
+    ) -> Result<LabelOutput> {
         let hidden_states = self.run(&batch.input_ids, &batch.positions, self.packed(batch), sites, run)?;
         let predictors = hidden_states.f_index_select(0, &batch.label_positions)?;
         let predictors = self.final_norm.forward(&predictors, sites.as_ref())?;
@@ -382,7 +423,14 @@ impl CausalLm {
     }
 
     /// One step over a cache: `[tokens]` ids at positions → logits of `last` tokens, `[last.len(), vocab_size]`.
-    pub(crate) fn step(&self, input_ids: &Tensor, positions: &Tensor, attend: Rc<dyn Attend>, last: Option<&Tensor>, sites: &Rc<dyn Sites>) -> Result<Tensor> {
+    pub(crate) fn step(
+        &self,
+        input_ids: &Tensor,
+        positions: &Tensor,
+        attend: Rc<dyn Attend>,
+        last: Option<&Tensor>,
+        sites: &Rc<dyn Sites>,
+    ) -> Result<Tensor> {
         let mut hidden_states = self.run(input_ids, positions, attend, sites, RunOptions::default())?;
         if let Some(last) = last {
             hidden_states = hidden_states.index_select(0, last);
@@ -422,7 +470,14 @@ impl Loader<'_> {
         Ok(tensor)
     }
 
-    fn linear(&mut self, path: &str, input: i64, output: i64, has_bias: bool, is_transposed_in_file: bool) -> Result<Linear> {
+    fn linear(
+        &mut self,
+        path: &str,
+        input: i64,
+        output: i64,
+        has_bias: bool,
+        is_transposed_in_file: bool,
+    ) -> Result<Linear> {
         let name = format!("{path}.weight");
         let weight = if is_transposed_in_file {
             self.tensor(&name, &[input, output])?.tr().contiguous()
@@ -449,18 +504,22 @@ impl Loader<'_> {
         let keys = config.num_kv_heads * config.head_dim;
         let attention_norm = self.norm(&format!("{path}.input_layernorm"), false)?;
         let bias = config.qkv_bias;
-        let mut linear = |part: &str, input, output, bias| self.linear(&format!("{path}.{part}"), input, output, bias, false);
+        let mut linear =
+            |part: &str, input, output, bias| self.linear(&format!("{path}.{part}"), input, output, bias, false);
         let qkv = Qkv::Separate([
             linear("self_attn.q_proj", hidden, queries, bias)?,
             linear("self_attn.k_proj", hidden, keys, bias)?,
             linear("self_attn.v_proj", hidden, keys, bias)?,
         ]);
         let output = linear("self_attn.o_proj", queries, hidden, config.attention_output_bias)?;
-        let mlp = Mlp::Gated([
-            linear("mlp.gate_proj", hidden, inner, config.mlp_bias)?,
-            linear("mlp.up_proj", hidden, inner, config.mlp_bias)?,
-            linear("mlp.down_proj", inner, hidden, config.mlp_bias)?,
-        ], config.hidden_act);
+        let mlp = Mlp::Gated(
+            [
+                linear("mlp.gate_proj", hidden, inner, config.mlp_bias)?,
+                linear("mlp.up_proj", hidden, inner, config.mlp_bias)?,
+                linear("mlp.down_proj", inner, hidden, config.mlp_bias)?,
+            ],
+            config.hidden_act,
+        );
         let mlp_norm = self.norm(&format!("{path}.post_attention_layernorm"), false)?;
         Ok(Layer { index, attention_norm, qkv, output, mlp_norm, mlp, head_dim: config.head_dim })
     }
@@ -472,7 +531,10 @@ impl Loader<'_> {
         let mut linear = |part: &str, input, output| self.linear(&format!("{path}.{part}"), input, output, true, true);
         let qkv = Qkv::Joint(Box::new(linear("attn.c_attn", hidden, 3 * hidden)?));
         let output = linear("attn.c_proj", hidden, hidden)?;
-        let mlp = Mlp::Plain([linear("mlp.c_fc", hidden, inner)?, linear("mlp.c_proj", inner, hidden)?], self.config.hidden_act);
+        let mlp = Mlp::Plain(
+            [linear("mlp.c_fc", hidden, inner)?, linear("mlp.c_proj", inner, hidden)?],
+            self.config.hidden_act,
+        );
         let mlp_norm = self.norm(&format!("{path}.ln_2"), true)?;
         Ok(Layer { index, attention_norm, qkv, output, mlp_norm, mlp, head_dim: self.config.head_dim })
     }

@@ -235,7 +235,12 @@ impl ModelError {
         }
     }
 
-    pub(crate) fn field(path: &std::path::Path, field: impl Into<String>, found: impl Into<String>, expected: impl Into<String>) -> Self {
+    pub(crate) fn field(
+        path: &std::path::Path,
+        field: impl Into<String>,
+        found: impl Into<String>,
+        expected: impl Into<String>,
+    ) -> Self {
         Self::Field { path: path.into(), field: field.into(), found: shorten(&found.into()), expected: expected.into() }
     }
 }

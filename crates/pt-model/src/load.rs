@@ -62,7 +62,9 @@ impl Pretrained {
         }
         match std::fs::metadata(path) {
             Err(source) => Err(ModelError::Read { path: path.into(), source }),
-            Ok(_) => Err(ModelError::NotAModel { path: path.into(), reason: "neither a folder nor a .gguf file".into() }),
+            Ok(_) => {
+                Err(ModelError::NotAModel { path: path.into(), reason: "neither a folder nor a .gguf file".into() })
+            }
         }
     }
 
@@ -183,7 +185,9 @@ impl GgufTensors {
         for name in gguf.tensors().keys() {
             let Some(Placement { name: asked, layout }) = placement(name, config) else {
                 let reason = match name.as_str() {
-                    "rope_freqs.weight" => "it stretches its rotary frequencies by a table, which is not supported yet".into(),
+                    "rope_freqs.weight" => {
+                        "it stretches its rotary frequencies by a table, which is not supported yet".into()
+                    }
                     _ => format!("tensor `{name}` has no place in a {} model", config.architecture.model_type()),
                 };
                 return Err(ModelError::NotAModel { path: gguf.path().into(), reason });

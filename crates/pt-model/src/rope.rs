@@ -29,7 +29,12 @@ impl Rope {
             .collect();
         let inverse_frequencies = Tensor::from_slice(&frequencies);
         let empty = || Tensor::zeros([0, half], (Kind::Float, device));
-        Ok(Self { inverse_frequencies, table: (empty(), empty()), max_positions: config.max_position_embeddings, device })
+        Ok(Self {
+            inverse_frequencies,
+            table: (empty(), empty()),
+            max_positions: config.max_position_embeddings,
+            device,
+        })
     }
 
     /// `(cos, sin)`, each `[tokens, head_dim / 2]`, of `positions: [tokens]`.
@@ -50,7 +55,8 @@ impl Rope {
 
 /// Llama 3's stretched frequencies: long waves are slowed by `factor`, short ones kept, those between blended.
 fn llama3(frequency: f32, scaling: &RopeScaling) -> f32 {
-    let RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_max_position_embeddings } = scaling else {
+    let RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_max_position_embeddings } = scaling
+    else {
         return frequency;
     };
     let (factor, low, high) = (*factor as f32, *low_freq_factor as f32, *high_freq_factor as f32);

@@ -43,7 +43,12 @@ enum Split {
 }
 
 const PRE_TOKENIZERS: [PreTokenizer; 4] = [
-    PreTokenizer { names: &["gpt-2", "gpt2", "phi-2", "olmo", "mpt"], is_nfc: false, ignore_merges: false, split: Split::Gpt2 },
+    PreTokenizer {
+        names: &["gpt-2", "gpt2", "phi-2", "olmo", "mpt"],
+        is_nfc: false,
+        ignore_merges: false,
+        split: Split::Gpt2,
+    },
     PreTokenizer {
         names: &["smollm", "starcoder", "refact", "codeshell"],
         is_nfc: false,
@@ -106,7 +111,9 @@ impl Tokenizer {
             }
             for id in value.as_array().map_or(std::slice::from_ref(value), Vec::as_slice) {
                 let id = id.as_i64().filter(|&id| id >= 0);
-                let id = id.ok_or_else(|| ModelError::field(&path, "eos_token_id", value.to_string(), "a token id or a list of them"))?;
+                let id = id.ok_or_else(|| {
+                    ModelError::field(&path, "eos_token_id", value.to_string(), "a token id or a list of them")
+                })?;
                 tokenizer.add_eos(id);
             }
             break;
@@ -140,7 +147,9 @@ impl Tokenizer {
             let Some(id) = metadata.token_id(path, &key)? else { return Ok(None) };
             let token = tokens.get(id as usize);
             let expected = format!("an id below {}", tokens.len());
-            token.map(|token| Some((id, token.clone()))).ok_or_else(|| ModelError::field(path, key, id.to_string(), expected))
+            token
+                .map(|token| Some((id, token.clone())))
+                .ok_or_else(|| ModelError::field(path, key, id.to_string(), expected))
         };
         let (bos, eos, eot, padding) = (special("bos")?, special("eos")?, special("eot")?, special("padding")?);
         let mut config = Map::new();
@@ -245,7 +254,8 @@ impl Tokenizer {
         let json = self.inner.to_string(true).map_err(|error| self.failed(error))?;
         write_atomically(&folder.join("tokenizer.json"), |out| out.write_all(json.as_bytes()))?;
         let path = folder.join("tokenizer_config.json");
-        let config = serde_json::to_vec_pretty(&self.config).map_err(|source| ModelError::Json { path: path.clone(), source })?;
+        let config = serde_json::to_vec_pretty(&self.config)
+            .map_err(|source| ModelError::Json { path: path.clone(), source })?;
         Ok(write_atomically(&path, |out| out.write_all(&config))?)
     }
 }
@@ -271,7 +281,12 @@ fn tokenizer_json(path: &Path, metadata: &Metadata, tokens: &[String], pre_token
     let key = "tokenizer.ggml.token_type";
     let types = metadata.integers(path, key)?.unwrap_or_default();
     if !types.is_empty() && types.len() != tokens.len() {
-        return Err(ModelError::field(path, key, format!("a list of {}", types.len()), format!("one type for each of {} tokens", tokens.len())));
+        return Err(ModelError::field(
+            path,
+            key,
+            format!("a list of {}", types.len()),
+            format!("one type for each of {} tokens", tokens.len()),
+        ));
     }
     let added = tokens.iter().zip(&types).enumerate().filter(|(_, (token, kind))| {
         // The crate refuses an empty added token; it could never be met in a text anyway.
@@ -286,10 +301,19 @@ fn tokenizer_json(path: &Path, metadata: &Metadata, tokens: &[String], pre_token
     let vocab: Map<String, Value> = tokens.iter().enumerate().map(|(id, token)| (token.clone(), id.into())).collect();
     let key = "tokenizer.ggml.merges";
     let merges = metadata.required_strings(path, key)?.iter().map(|merge| match merge.split_once(' ') {
-        Some((left, right)) if vocab.contains_key(left) && vocab.contains_key(right) && vocab.contains_key(&format!("{left}{right}")) => {
+        Some((left, right))
+            if vocab.contains_key(left)
+                && vocab.contains_key(right)
+                && vocab.contains_key(&format!("{left}{right}")) =>
+        {
             Ok(json!([left, right]))
         }
-        _ => Err(ModelError::field(path, key, format!("{merge:?}"), "two tokens that merge into a third, with a space between")),
+        _ => Err(ModelError::field(
+            path,
+            key,
+            format!("{merge:?}"),
+            "two tokens that merge into a third, with a space between",
+        )),
     });
     let merges: Vec<Value> = merges.collect::<Result<_>>()?;
     let byte_level = |use_regex: bool| json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": use_regex});
@@ -332,7 +356,14 @@ pub(crate) fn template_of_config(folder: &Path) -> Result<(Option<String>, Optio
             let default = named.iter().find(|entry| entry["name"] == "default");
             default.and_then(|entry| entry["template"].as_str()).map(str::to_string)
         }
-        Some(other) => return Err(ModelError::field(&path, "chat_template", other.to_string(), "a template, or a list of named ones")),
+        Some(other) => {
+            return Err(ModelError::field(
+                &path,
+                "chat_template",
+                other.to_string(),
+                "a template, or a list of named ones",
+            ));
+        }
     };
     Ok((template, special_token(&path, config, "bos_token")?, special_token(&path, config, "eos_token")?))
 }

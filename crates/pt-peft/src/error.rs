@@ -137,23 +137,29 @@ impl PeftError {
             Self::Tensor(error) => error.hint(),
             Self::Model(error) => error.hint(),
             Self::NotAnAdapter { hint, .. } => Some(hint.clone()),
-            Self::Unsupported { .. } => {
-                Some("merge the adapter into its base with Python PEFT (`merge_and_unload`) and load the merged model".into())
-            }
+            Self::Unsupported { .. } => Some(
+                "merge the adapter into its base with Python PEFT (`merge_and_unload`) and load the merged model"
+                    .into(),
+            ),
             Self::Pattern { .. } => {
                 Some("look-around and back-references are not available; give a list of names, or `all-linear`".into())
             }
-            Self::NoMatch { near, available, .. } if near.is_empty() => Some(format!("the model has {}", shortened(available))),
+            Self::NoMatch { near, available, .. } if near.is_empty() => {
+                Some(format!("the model has {}", shortened(available)))
+            }
             Self::NoMatch { near, available, .. } => {
                 Some(format!("did you mean {}? The model has {}", quoted(near), shortened(available)))
             }
             Self::Keys { shapes, .. } if shapes.iter().any(|(_, found, expected)| is_transposed(found, expected)) => {
                 Some("the file looks transposed: lora_A is [rank, in_features], lora_B is [out_features, rank]".into())
             }
-            Self::Keys { shapes, .. } if !shapes.is_empty() => {
-                Some("the adapter was trained on a model of another size, or `r` in adapter_config.json is not its rank".into())
+            Self::Keys { shapes, .. } if !shapes.is_empty() => Some(
+                "the adapter was trained on a model of another size, or `r` in adapter_config.json is not its rank"
+                    .into(),
+            ),
+            Self::Keys { .. } => {
+                Some("the adapter was trained on another architecture, or its config names other modules".into())
             }
-            Self::Keys { .. } => Some("the adapter was trained on another architecture, or its config names other modules".into()),
             Self::Write { source, .. } if source.kind() == std::io::ErrorKind::StorageFull => {
                 Some("the disk is full: free some space; nothing half-written was left".into())
             }

@@ -84,11 +84,18 @@ fn check_folder(folder: &Path) -> Result<()> {
     let not_an_adapter =
         |reason: String, hint: String| Err(PeftError::NotAnAdapter { path: folder.into(), reason, hint });
     if !folder.is_dir() {
-        return not_an_adapter("no such folder".into(), format!("an adapter is a folder with {CONFIG_FILE} and {TENSOR_FILE}"));
+        return not_an_adapter(
+            "no such folder".into(),
+            format!("an adapter is a folder with {CONFIG_FILE} and {TENSOR_FILE}"),
+        );
     }
     if !folder.join(CONFIG_FILE).exists() {
         let is_model = folder.join("config.json").exists();
-        let hint = if is_model { "this is a model: pass it as the model, not as the adapter" } else { "a named adapter lies in a folder of its name inside this one" };
+        let hint = if is_model {
+            "this is a model: pass it as the model, not as the adapter"
+        } else {
+            "a named adapter lies in a folder of its name inside this one"
+        };
         return not_an_adapter(format!("no {CONFIG_FILE}"), hint.into());
     }
     if folder.join(TENSOR_FILE).exists() {
@@ -152,7 +159,8 @@ fn write_files(adapter: &LoraAdapter, folder: &Path) -> Result<()> {
         })
         .collect();
     save_safetensors(&folder.join(TENSOR_FILE), &tensors, &[("format", "pt")])?;
-    let write_text = |name: &str, text: String| write_atomically(&folder.join(name), |out| out.write_all(text.as_bytes()));
+    let write_text =
+        |name: &str, text: String| write_atomically(&folder.join(name), |out| out.write_all(text.as_bytes()));
     if !folder.join("README.md").exists() {
         write_text("README.md", model_card(adapter.config()))?;
     }

@@ -23,12 +23,12 @@
 //! | [`testing`] | the laws that every method has to keep |
 #![forbid(unsafe_code)]
 
-mod error;
-mod config;
-mod target;
 mod adapter;
-mod lora;
+mod config;
+mod error;
 mod io;
+mod lora;
+mod target;
 pub mod testing;
 
 pub use adapter::{Adapter, AdapterSet};

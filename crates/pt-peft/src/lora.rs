@@ -271,7 +271,8 @@ impl LoraAdapter {
             saved_parameters(&config.modules_to_save, &names)?.into_iter().map(|i| names[i].to_string()).collect();
         // The model asks its sites for these only; a copy of another would be trained to no effect.
         let is_asked_for = |name: &String| {
-            let is_linear = layers.iter().any(|layer| name.rsplit_once('.').is_some_and(|(path, _)| path == layer.path));
+            let is_linear =
+                layers.iter().any(|layer| name.rsplit_once('.').is_some_and(|(path, _)| path == layer.path));
             is_linear || (name.ends_with(".weight") && !name.ends_with(".wpe.weight"))
         };
         let faults: Vec<String> = chosen
@@ -499,7 +500,8 @@ impl Adapter for LoraAdapter {
 /// `len` values uniform in ±`bound`, from a seed and a name: SplitMix64 (Steele et al. 2014) over the FNV-1a hash of
 /// the name. Our own, so that neither libtorch's generator nor a library's version changes where training starts.
 fn uniform(seed: u64, name: &str, len: usize, bound: f32) -> Vec<f32> {
-    let hash = name.bytes().fold(0xcbf2_9ce4_8422_2325_u64, |h, byte| (h ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3));
+    let hash =
+        name.bytes().fold(0xcbf2_9ce4_8422_2325_u64, |h, byte| (h ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3));
     let mut state = hash ^ seed.wrapping_mul(0x9e37_79b9_7f4a_7c15);
     (0..len)
         .map(|_| {

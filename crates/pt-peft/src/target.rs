@@ -149,7 +149,8 @@ impl LayerPattern {
         if names.is_empty() {
             return Ok(Self(vec![compile(field, "", |_| r"\A.*?\.[^.]*\.(\d+)\.".into())?]));
         }
-        let compiled = names.iter().map(|name| compile(field, name, |name| format!(r"\A(?:.*?\.)?(?:{name})\.(\d+)\.")));
+        let compiled =
+            names.iter().map(|name| compile(field, name, |name| format!(r"\A(?:.*?\.)?(?:{name})\.(\d+)\.")));
         Ok(Self(compiled.collect::<Result<_>>()?))
     }
 
@@ -259,7 +260,8 @@ mod tests {
 
     #[test]
     fn a_typing_error_gets_a_suggestion() {
-        let error = target_layers(&with(names(&["q_prj", "up_proj"])), &PATHS, None, Strictness::EveryName).unwrap_err();
+        let error =
+            target_layers(&with(names(&["q_prj", "up_proj"])), &PATHS, None, Strictness::EveryName).unwrap_err();
         assert_eq!(error.to_string(), "`target_modules`: nothing matches `q_prj` in this model");
         assert!(error.hint().unwrap().starts_with("did you mean `q_proj`"), "{error:?}");
         let in_file = target_layers(&with(names(&["q_prj", "up_proj"])), &PATHS, None, Strictness::AnyName).unwrap();
@@ -276,7 +278,8 @@ mod tests {
     #[test]
     fn modules_to_save_match_the_ends_of_module_paths() {
         let parameters = ["model.embed_tokens.weight", "model.layers.0.input_layernorm.weight", "lm_head.weight"];
-        let saved = |names: &[&str]| saved_parameters(&names.iter().map(ToString::to_string).collect::<Vec<_>>(), &parameters);
+        let saved =
+            |names: &[&str]| saved_parameters(&names.iter().map(ToString::to_string).collect::<Vec<_>>(), &parameters);
         assert_eq!(saved(&["lm_head", "embed_tokens"]).unwrap(), [0, 2]);
         assert_eq!(saved(&["norm"]).unwrap(), [1]);
         assert_eq!(saved(&["layers.0"]).unwrap(), [1]);

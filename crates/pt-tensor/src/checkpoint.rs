@@ -14,16 +14,15 @@ use tch::{Tensor, no_grad};
 ///
 /// # Errors
 /// Those of `block`.
-pub fn checkpoint(
-    inputs: &[&Tensor],
-    block: impl Fn(&[Tensor]) -> Result<Tensor> + 'static,
-) -> Result<Tensor> {
+pub fn checkpoint(inputs: &[&Tensor], block: impl Fn(&[Tensor]) -> Result<Tensor> + 'static) -> Result<Tensor> {
     let saved: Vec<Tensor> = inputs.iter().map(|t| t.detach()).collect();
     let generator = random::state()?;
     let output = no_grad(|| block(&saved))?;
     let needs_grad: Vec<bool> = inputs.iter().map(|t| t.requires_grad()).collect();
     attach_backward("checkpoint", inputs, &[&output], move |grads| {
-        let Some(grad) = grads.into_iter().next().flatten() else { return Ok(needs_grad.iter().map(|_| None).collect()) };
+        let Some(grad) = grads.into_iter().next().flatten() else {
+            return Ok(needs_grad.iter().map(|_| None).collect());
+        };
         let leaves: Vec<Tensor> =
             saved.iter().zip(&needs_grad).map(|(t, &needs)| t.detach().set_requires_grad(needs)).collect();
         let now = random::state()?;
@@ -31,7 +30,11 @@ pub fn checkpoint(
         let output = tch::with_grad(|| block(&leaves));
         random::set_state(&now)?;
         tch::with_grad(|| backward(&[output?], &[grad]))?;
-        Ok(leaves.iter().zip(&needs_grad).map(|(leaf, &needs)| needs.then(|| leaf.grad()).filter(Tensor::defined)).collect())
+        Ok(leaves
+            .iter()
+            .zip(&needs_grad)
+            .map(|(leaf, &needs)| needs.then(|| leaf.grad()).filter(Tensor::defined))
+            .collect())
     })?;
     Ok(output)
 }

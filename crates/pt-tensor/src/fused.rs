@@ -9,24 +9,53 @@ use tch::{Device, Kind, Tensor, no_grad};
 
 unsafe extern "C" {
     fn pt_rms_norm(
-        is_bf16: c_int, x: *const c_void, w: *const c_void, y: *mut c_void, rstd: *mut f32, rows: i64, n: i64, eps: f32,
+        is_bf16: c_int,
+        x: *const c_void,
+        w: *const c_void,
+        y: *mut c_void,
+        rstd: *mut f32,
+        rows: i64,
+        n: i64,
+        eps: f32,
     );
     fn pt_rms_norm_backward(
-        is_bf16: c_int, g: *const c_void, x: *const c_void, w: *const c_void, rstd: *const f32, dx: *mut c_void, rows: i64, n: i64,
+        is_bf16: c_int,
+        g: *const c_void,
+        x: *const c_void,
+        w: *const c_void,
+        rstd: *const f32,
+        dx: *mut c_void,
+        rows: i64,
+        n: i64,
     );
     fn pt_swiglu(is_bf16: c_int, gate: *const c_void, up: *const c_void, y: *mut c_void, count: i64);
     fn pt_swiglu_backward(
-        is_bf16: c_int, dy: *const c_void, gate: *const c_void, up: *const c_void, dgate: *mut c_void, dup: *mut c_void, count: i64,
+        is_bf16: c_int,
+        dy: *const c_void,
+        gate: *const c_void,
+        up: *const c_void,
+        dgate: *mut c_void,
+        dup: *mut c_void,
+        count: i64,
     );
     fn pt_rotary(
-        is_bf16: c_int, x: *const c_void, cos: *const f32, sin: *const f32, y: *mut c_void, rows: i64, heads: i64, head_dim: i64, sign: f32,
+        is_bf16: c_int,
+        x: *const c_void,
+        cos: *const f32,
+        sin: *const f32,
+        y: *mut c_void,
+        rows: i64,
+        heads: i64,
+        head_dim: i64,
+        sign: f32,
     );
 }
 
 /// Whether the one-pass loops apply: CPU tensors of one kind, f32 or bf16.
 fn is_fusable(tensors: &[&Tensor]) -> bool {
     let kind = tensors[0].kind();
-    matches!(kind, Kind::Float | Kind::BFloat16) && tensors.iter().all(|t| t.kind() == kind && t.device() == Device::Cpu)
+    matches!(kind, Kind::Float | Kind::BFloat16)
+        && tensors.iter().all(|t| t.kind() == kind && t.device() == Device::Cpu)
 }
 
 fn is_bf16(tensor: &Tensor) -> c_int {
@@ -68,11 +97,22 @@ pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
         let dx = x_saved.empty_like();
         // SAFETY: as above; grad and dx have x's kind, size and layout.
         unsafe {
-            pt_rms_norm_backward(is_bf16(&grad), ptr(&grad), ptr(&x_saved), ptr(&w_saved), ptr(&rstd).cast(), ptr(&dx), rows, n);
+            pt_rms_norm_backward(
+                is_bf16(&grad),
+                ptr(&grad),
+                ptr(&x_saved),
+                ptr(&w_saved),
+                ptr(&rstd).cast(),
+                ptr(&dx),
+                rows,
+                n,
+            );
         }
         let dw = wants_weight.then(|| {
             let normed = x_saved.view([rows, n]).to_kind(Kind::Float) * rstd.unsqueeze(1);
-            (normed * grad.view([rows, n]).to_kind(Kind::Float)).sum_dim_intlist(0, false, Kind::Float).to_kind(w_saved.kind())
+            (normed * grad.view([rows, n]).to_kind(Kind::Float))
+                .sum_dim_intlist(0, false, Kind::Float)
+                .to_kind(w_saved.kind())
         });
         Ok(vec![Some(dx), dw])
     })?;
@@ -103,7 +143,15 @@ pub fn swiglu(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
         let (dgate, dup) = (gate_saved.empty_like(), up_saved.empty_like());
         // SAFETY: as above, for five tensors.
         unsafe {
-            pt_swiglu_backward(is_bf16(&grad), ptr(&grad), ptr(&gate_saved), ptr(&up_saved), ptr(&dgate), ptr(&dup), count);
+            pt_swiglu_backward(
+                is_bf16(&grad),
+                ptr(&grad),
+                ptr(&gate_saved),
+                ptr(&up_saved),
+                ptr(&dgate),
+                ptr(&dup),
+                count,
+            );
         }
         Ok(vec![Some(dgate), Some(dup)])
     })?;

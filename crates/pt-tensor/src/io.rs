@@ -53,7 +53,8 @@ impl SafetensorsReader {
             return Self::open_files(path, vec![path.join("model.safetensors")]);
         }
         let format = |reason: String| TensorError::Format { path: index_path.clone(), reason };
-        let text = std::fs::read(&index_path).map_err(|source| TensorError::Read { path: index_path.clone(), source })?;
+        let text =
+            std::fs::read(&index_path).map_err(|source| TensorError::Read { path: index_path.clone(), source })?;
         let index: serde_json::Value = serde_json::from_slice(&text).map_err(|e| format(format!("not JSON: {e}")))?;
         let map = index["weight_map"].as_object().ok_or_else(|| format("no object `weight_map`".into()))?;
         let mut files: Vec<String> = Vec::new();
@@ -73,7 +74,8 @@ impl SafetensorsReader {
     }
 
     fn open_files(path: &Path, files: Vec<PathBuf>) -> Result<Self> {
-        let mut reader = Self { path: path.into(), shards: vec![], entries: BTreeMap::new(), metadata: BTreeMap::new() };
+        let mut reader =
+            Self { path: path.into(), shards: vec![], entries: BTreeMap::new(), metadata: BTreeMap::new() };
         for file_path in files {
             let read = |source| TensorError::Read { path: file_path.clone(), source };
             let file = File::open(&file_path).map_err(read)?;
@@ -219,8 +221,9 @@ pub fn save_safetensors(path: &Path, tensors: &[(String, Tensor)], metadata: &[(
     }
     let mut offset = 0;
     for (name, tensor) in &sorted {
-        let (dtype, size) = dtype_name(tensor.kind())
-            .ok_or_else(|| TensorError::argument(name, format!("{:?}", tensor.kind()), "a kind that safetensors has"))?;
+        let (dtype, size) = dtype_name(tensor.kind()).ok_or_else(|| {
+            TensorError::argument(name, format!("{:?}", tensor.kind()), "a kind that safetensors has")
+        })?;
         let end = offset + tensor.numel() * size;
         let entry = serde_json::json!({"dtype": dtype, "shape": tensor.size(), "data_offsets": [offset, end]});
         if header.insert(name.clone(), entry).is_some() {

@@ -57,8 +57,9 @@ pub fn label_logprobs(
     label_ids: &Tensor,
     options: &LabelLogprobs,
 ) -> Result<LabelOutput> {
-    let (num_labels, hidden_size) =
-        hidden_states.size2().map_err(|_| TensorError::shape("hidden_states", hidden_states, "[num_labels, hidden_size]"))?;
+    let (num_labels, hidden_size) = hidden_states
+        .size2()
+        .map_err(|_| TensorError::shape("hidden_states", hidden_states, "[num_labels, hidden_size]"))?;
     let vocab_size = match weight.size()[..] {
         [vocab_size, width] if width == hidden_size => vocab_size,
         _ => return Err(TensorError::shape("weight", weight, format!("[vocab_size, {hidden_size}]"))),
@@ -73,19 +74,32 @@ pub fn label_logprobs(
         return Err(TensorError::argument("soft_cap", format!("{:?}", options.soft_cap), "a positive number"));
     }
     if options.token_tile < 1 || options.vocab_tile < 1 {
-        return Err(TensorError::argument("tile", format!("{} x {}", options.token_tile, options.vocab_tile), "at least 1 x 1"));
+        return Err(TensorError::argument(
+            "tile",
+            format!("{} x {}", options.token_tile, options.vocab_tile),
+            "at least 1 x 1",
+        ));
     }
     if num_labels > 0 {
         let (low, high) = (label_ids.min().int64_value(&[]), label_ids.max().int64_value(&[]));
         if low < 0 || high >= vocab_size {
-            return Err(TensorError::argument("label_ids", format!("{low}..={high}"), &format!("ids in 0..{vocab_size}")));
+            return Err(TensorError::argument(
+                "label_ids",
+                format!("{low}..={high}"),
+                &format!("ids in 0..{vocab_size}"),
+            ));
         }
     }
     let wants_hidden = hidden_states.requires_grad();
     let wants_weight = weight.requires_grad();
     // The shortcut: d log p / d hidden needs nothing from upstream but one factor per row.
     let is_one_pass = wants_hidden && !wants_weight && !options.with_entropy;
-    let tiles = Tiles { hidden: hidden_states.detach(), weight: weight.detach(), labels: label_ids.shallow_clone(), options: *options };
+    let tiles = Tiles {
+        hidden: hidden_states.detach(),
+        weight: weight.detach(),
+        labels: label_ids.shallow_clone(),
+        options: *options,
+    };
     let pass = no_grad(|| tiles.forward(is_one_pass))?;
 
     let accumulate_kind = accumulate_kind(hidden_states);
@@ -94,7 +108,9 @@ pub fn label_logprobs(
     let entropy = options.with_entropy.then(|| &pass.log_sum_exp - &pass.expected_logit);
     if let Some(direction) = pass.direction {
         attach_backward("label_logprobs", &[hidden_states], &[&logprobs], move |grads| {
-            Ok(vec![grads[0].as_ref().map(|g| (direction.to_kind(g.kind()) * g.unsqueeze(1)).to_kind(direction.kind()))])
+            Ok(vec![
+                grads[0].as_ref().map(|g| (direction.to_kind(g.kind()) * g.unsqueeze(1)).to_kind(direction.kind())),
+            ])
         })?;
     } else if wants_hidden || wants_weight {
         let log_sum_exp = pass.log_sum_exp.shallow_clone();
@@ -102,7 +118,13 @@ pub fn label_logprobs(
         let outputs: Vec<&Tensor> = std::iter::once(&logprobs).chain(&entropy).collect();
         attach_backward("label_logprobs", &[hidden_states, weight], &outputs, move |grads| {
             let grad_entropy = grads.get(1).and_then(Option::as_ref);
-            tiles.backward(&log_sum_exp, grads[0].as_ref(), grad_entropy.zip(saved_entropy.as_ref()), wants_hidden, wants_weight)
+            tiles.backward(
+                &log_sum_exp,
+                grads[0].as_ref(),
+                grad_entropy.zip(saved_entropy.as_ref()),
+                wants_hidden,
+                wants_weight,
+            )
         })?;
     }
     Ok(LabelOutput { logprobs, entropy, is_top1 })
@@ -175,14 +197,17 @@ impl Tiles {
             let mut max = Tensor::full([len], f64::NEG_INFINITY, (kind, device));
             let mut sum = Tensor::zeros([len], (kind, device));
             let mut weighted = Tensor::zeros([len], (kind, device));
-            let mut expected_weight = direction.as_ref().map(|_| Tensor::zeros([len, self.hidden.size()[1]], (kind, device)));
+            let mut expected_weight =
+                direction.as_ref().map(|_| Tensor::zeros([len, self.hidden.size()[1]], (kind, device)));
             for (first, count) in self.vocab_tiles() {
                 let weight = self.weight.narrow(0, first, count);
                 let (mut logits, slope) = self.logits(&hidden, &weight, with_direction)?;
                 // Labels outside the tile read a clamped entry and are masked out.
                 let local = (&labels - first).clamp(0, count - 1).unsqueeze(1);
                 let is_here = labels.ge(first).logical_and(&labels.lt(first + count));
-                let _ = label_logit.shallow_clone().g_add_(&logits.gather(1, &local, false).squeeze_dim(1).where_scalarother(&is_here, 0.0));
+                let _ = label_logit
+                    .shallow_clone()
+                    .g_add_(&logits.gather(1, &local, false).squeeze_dim(1).where_scalarother(&is_here, 0.0));
                 let new_max = max.maximum(&logits.amax([1], false));
                 let rescale = (&max - &new_max).exp();
                 if self.options.with_entropy {
@@ -354,7 +379,11 @@ mod tests {
         let options = LabelLogprobs { soft_cap: Some(3.0), temperature: 0.8, vocab_tile: 7, ..Default::default() };
         label_logprobs(&hidden, &case.weight, &case.labels, &options).unwrap().logprobs.sum(Kind::Double).backward();
         let value = |h: &Tensor| {
-            label_logprobs(h, &case.weight, &case.labels, &options).unwrap().logprobs.sum(Kind::Double).double_value(&[])
+            label_logprobs(h, &case.weight, &case.labels, &options)
+                .unwrap()
+                .logprobs
+                .sum(Kind::Double)
+                .double_value(&[])
         };
         for (row, column) in [(0, 0), (3, 5), (8, 2)] {
             let step = Tensor::zeros([9, 6], (Kind::Double, Device::Cpu));
@@ -379,7 +408,8 @@ mod tests {
         let hidden = Tensor::from_slice(&[1f32, 0.]).view([1, 2]).repeat([2, 1]);
         let weight = Tensor::from_slice(&[0f32, 0., 5., 0., 1., 0.]).view([3, 2]);
         let labels = Tensor::from_slice(&[1i64, 2]);
-        let out = label_logprobs(&hidden, &weight, &labels, &LabelLogprobs { vocab_tile: 2, ..Default::default() }).unwrap();
+        let out =
+            label_logprobs(&hidden, &weight, &labels, &LabelLogprobs { vocab_tile: 2, ..Default::default() }).unwrap();
         assert_eq!(Vec::<f32>::try_from(&out.is_top1).unwrap(), [1., 0.]);
     }
 
@@ -394,7 +424,8 @@ mod tests {
     #[test]
     fn inputs_that_do_not_fit_are_refused() {
         let case = case(Kind::Float);
-        let run = |labels: &Tensor, options: LabelLogprobs| label_logprobs(&case.hidden, &case.weight, labels, &options);
+        let run =
+            |labels: &Tensor, options: LabelLogprobs| label_logprobs(&case.hidden, &case.weight, labels, &options);
         let too_high = Tensor::full([9], 23, (Kind::Int64, Device::Cpu));
         assert!(run(&too_high, Default::default()).unwrap_err().to_string().contains("0..23"));
         assert!(run(&case.labels, LabelLogprobs { temperature: 0.0, ..Default::default() }).is_err());

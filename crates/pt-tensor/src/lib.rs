@@ -16,16 +16,16 @@
 //! # Ok::<(), pt_tensor::TensorError>(())
 //! ```
 
-mod error;
-mod device;
 pub mod autograd;
 mod checkpoint;
+mod device;
+mod error;
 mod fused;
-mod label_logprobs;
-mod weight;
 pub mod io;
+mod label_logprobs;
 mod optim;
 pub mod random;
+mod weight;
 
 pub use checkpoint::checkpoint;
 pub use device::{ComputeKind, parse_device, parse_kind, peak_memory_bytes};

@@ -187,7 +187,8 @@ mod tests {
         let vector = parameter(&[2.0], &[0.0]);
         let matrix = Tensor::from_slice(&[2f32]).view([1, 1]).set_requires_grad(true);
         (&matrix * 0.0).sum(Kind::Float).backward();
-        let mut adam = AdamW::new(vec![("v".into(), vector.shallow_clone()), ("m".into(), matrix.shallow_clone())], config);
+        let mut adam =
+            AdamW::new(vec![("v".into(), vector.shallow_clone()), ("m".into(), matrix.shallow_clone())], config);
         adam.step(0.1).unwrap();
         assert_eq!(vector.double_value(&[0]), 2.0);
         assert!((matrix.double_value(&[0, 0]) - 1.9).abs() < 1e-6);

@@ -41,7 +41,12 @@ impl Encode for ModelEncoder<'_> {
         self.tokenizer.decode(token_ids, false).unwrap_or_default()
     }
 
-    fn render(&self, messages: &[Message], tools: Option<&Value>, add_generation_prompt: bool) -> Result<String, String> {
+    fn render(
+        &self,
+        messages: &[Message],
+        tools: Option<&Value>,
+        add_generation_prompt: bool,
+    ) -> Result<String, String> {
         let template = self.template.ok_or("the model carries no chat template")?;
         template.render(messages, tools, add_generation_prompt).map_err(|e| e.to_string())
     }

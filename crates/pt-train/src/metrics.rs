@@ -125,7 +125,11 @@ fn parse(path: &Path, bytes: &[u8]) -> Result<Vec<Map<String, Value>>> {
             // Only the last line can have been cut by a crash.
             _ if index + 1 == lines.len() => {}
             Ok(_) => {
-                return Err(TrainError::Metrics { path: path.into(), line: index + 1, message: "has no `step`".into() });
+                return Err(TrainError::Metrics {
+                    path: path.into(),
+                    line: index + 1,
+                    message: "has no `step`".into(),
+                });
             }
             Err(error) => {
                 return Err(TrainError::Metrics { path: path.into(), line: index + 1, message: error.to_string() });

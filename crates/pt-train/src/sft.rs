@@ -8,9 +8,9 @@ use crate::schedule::ScheduleConfig;
 use crate::step::{Optimization, finite};
 use crate::tensorboard::EventWriter;
 use pt_model::{CausalLm, PackedBatch, RunOptions, Sites};
+use pt_peft::LoraConfig;
 use pt_tensor::io::{SafetensorsReader, save_safetensors};
 use pt_tensor::{AdamWConfig, Device, LabelLogprobs, Tensor, no_grad, peak_memory_bytes};
-use pt_peft::LoraConfig;
 use serde::{Deserialize, Serialize};
 use std::path::Path;
 use std::rc::Rc;
@@ -199,7 +199,12 @@ struct TrainerState {
 ///
 /// # Errors
 /// [`TrainError::Config`] when there is no label.
-pub fn evaluate(model: &CausalLm, sites: &Rc<dyn Sites>, groups: &[PromptGroup], max_tokens: usize) -> Result<Evaluation> {
+pub fn evaluate(
+    model: &CausalLm,
+    sites: &Rc<dyn Sites>,
+    groups: &[PromptGroup],
+    max_tokens: usize,
+) -> Result<Evaluation> {
     let indices: Vec<usize> = (0..groups.len()).collect();
     let batches = crate::data::packing::split_by_tokens(&indices, Some(max_tokens), |row| groups[row].num_tokens());
     let (mut sum, mut correct, mut count) = (0.0, 0.0, 0);
@@ -245,8 +250,13 @@ pub fn train(
         None => (config.epochs * batches.windows_per_epoch() as f64).ceil() as u64,
     };
     let schedule = config.schedule.build(total_steps as usize)?;
-    let mut optimization =
-        Optimization::new(trained.parameters.iter().map(|(n, t)| (n.clone(), t.shallow_clone())).collect(), config.adamw, schedule, config.learning_rate, config.max_grad_norm);
+    let mut optimization = Optimization::new(
+        trained.parameters.iter().map(|(n, t)| (n.clone(), t.shallow_clone())).collect(),
+        config.adamw,
+        schedule,
+        config.learning_rate,
+        config.max_grad_norm,
+    );
     pt_tensor::random::seed(config.seed);
 
     let mut state = TrainerState { data_fingerprint: fingerprint.clone(), ..Default::default() };
@@ -287,8 +297,9 @@ pub fn train(
             loss -= finite(step, "log-probs", &out.logprobs)?;
             correct += out.is_top1.sum(pt_tensor::Kind::Double).double_value(&[]);
             let share = out.logprobs.sum(None) * (-1.0 / num_labels as f64);
-            pt_tensor::autograd::backward(&[share], &[Tensor::from(1f32).to_device(trained.model.device())])
-                .map_err(|source| TrainError::Step { step, tokens: batch.num_tokens(), source: Box::new(source.into()) })?;
+            pt_tensor::autograd::backward(&[share], &[Tensor::from(1f32).to_device(trained.model.device())]).map_err(
+                |source| TrainError::Step { step, tokens: batch.num_tokens(), source: Box::new(source.into()) },
+            )?;
         }
         // 3. Clip and update.
         let update = optimization.step(step)?;
@@ -358,7 +369,12 @@ pub fn train(
     Ok(outcome)
 }
 
-fn save_checkpoint(folder: &Path, trained: &Trained<'_>, optimization: &Optimization, state: &TrainerState) -> Result<()> {
+fn save_checkpoint(
+    folder: &Path,
+    trained: &Trained<'_>,
+    optimization: &Optimization,
+    state: &TrainerState,
+) -> Result<()> {
     (trained.save)(folder)?;
     let mut tensors = optimization.state();
     tensors.push(("random".into(), pt_tensor::random::state()?));
@@ -383,7 +399,9 @@ fn fingerprint(groups: &[PromptGroup]) -> String {
     use sha2::{Digest, Sha256};
     let mut hash = Sha256::new();
     for group in groups {
-        for (ids, mark) in std::iter::once((&group.prompt, 0u8)).chain(group.completions.iter().map(|c| (&c.token_ids, 1))) {
+        for (ids, mark) in
+            std::iter::once((&group.prompt, 0u8)).chain(group.completions.iter().map(|c| (&c.token_ids, 1)))
+        {
             hash.update([mark]);
             hash.update((ids.len() as u64).to_le_bytes());
             ids.iter().for_each(|id| hash.update(id.to_le_bytes()));

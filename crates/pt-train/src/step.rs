@@ -55,7 +55,9 @@ impl Optimization {
         if !grad_norm.is_finite() {
             let is_bad = |p: &Tensor| p.grad().defined() && p.grad().isfinite().all().int64_value(&[]) == 0;
             let place = self.optimizer.parameters().find(|(_, p)| is_bad(p));
-            let place = place.map_or("the norm of all gradients".into(), |(name, p)| format!("the gradient of {name} {:?}", p.size()));
+            let place = place.map_or("the norm of all gradients".into(), |(name, p)| {
+                format!("the gradient of {name} {:?}", p.size())
+            });
             return Err(TrainError::NonFinite { step, what: "gradient".into(), place });
         }
         let learning_rate = self.learning_rate * self.schedule.factor(self.optimizer.num_steps() as usize);
@@ -81,7 +83,11 @@ impl Optimization {
             if value.size() != parameter.size() {
                 return Err(TrainError::Config {
                     place: "checkpoint".into(),
-                    message: format!("`{name}` has shape {:?} there and {:?} here: the configuration changed", value.size(), parameter.size()),
+                    message: format!(
+                        "`{name}` has shape {:?} there and {:?} here: the configuration changed",
+                        value.size(),
+                        parameter.size()
+                    ),
                 });
             }
             pt_tensor::no_grad(|| parameter.shallow_clone().copy_(&value));

@@ -115,7 +115,11 @@ fn row(question: &Question, index: usize) -> Row {
     Row {
         source: "squad".into(),
         origin: Origin { path: "squad.json".into(), position: index, is_line: false },
-        content: RowContent::Completion { prompt: turn("user", &question.prompt), completion: turn("assistant", &question.answers[0]), tools: None },
+        content: RowContent::Completion {
+            prompt: turn("user", &question.prompt),
+            completion: turn("assistant", &question.answers[0]),
+            tools: None,
+        },
     }
 }
 
@@ -131,18 +135,32 @@ fn f1(answer: &str, accepted: &[String]) -> f64 {
     let score = |gold: &String| {
         let mut left = normalise(gold);
         let (num_words, num_gold) = (words.len(), left.len());
-        let same = words.iter().filter(|word| left.iter().position(|g| g == *word).map(|at| left.swap_remove(at)).is_some()).count();
-        if num_words == 0 || num_gold == 0 { f64::from(num_words == num_gold) } else { 2.0 * same as f64 / (num_words + num_gold) as f64 }
+        let same = words
+            .iter()
+            .filter(|word| left.iter().position(|g| g == *word).map(|at| left.swap_remove(at)).is_some())
+            .count();
+        if num_words == 0 || num_gold == 0 {
+            f64::from(num_words == num_gold)
+        } else {
+            2.0 * same as f64 / (num_words + num_gold) as f64
+        }
     };
     accepted.iter().map(score).fold(0.0, f64::max)
 }
 
 /// Share of exact answers, mean F1, and the answers.
-fn answer(model: &CausalLm, sites: &Rc<dyn Sites>, encoder: &ModelEncoder<'_>, questions: &[&Question], what: &str) -> Result<(f64, f64, Vec<String>)> {
+fn answer(
+    model: &CausalLm,
+    sites: &Rc<dyn Sites>,
+    encoder: &ModelEncoder<'_>,
+    questions: &[&Question],
+    what: &str,
+) -> Result<(f64, f64, Vec<String>)> {
     let prompts: Vec<Vec<i64>> = questions
         .iter()
         .map(|q| {
-            let text = encoder.render(&[Message::new("user", q.prompt.as_str())], None, true).map_err(anyhow::Error::msg)?;
+            let text =
+                encoder.render(&[Message::new("user", q.prompt.as_str())], None, true).map_err(anyhow::Error::msg)?;
             encoder.encode(&text).map_err(anyhow::Error::msg)
         })
         .collect::<Result<_>>()?;
@@ -158,7 +176,8 @@ fn answer(model: &CausalLm, sites: &Rc<dyn Sites>, encoder: &ModelEncoder<'_>, q
     bar.finish_and_clear();
     let accepted = |q: &Question| q.answers.iter().map(|a| normalise(a)).collect::<HashSet<_>>();
     let count = questions.len() as f64;
-    let exact = questions.iter().zip(&answers).filter(|(q, a)| accepted(q).contains(&normalise(a))).count() as f64 / count;
+    let exact =
+        questions.iter().zip(&answers).filter(|(q, a)| accepted(q).contains(&normalise(a))).count() as f64 / count;
     let mean_f1 = questions.iter().zip(&answers).map(|(q, a)| f1(a, &q.answers)).sum::<f64>() / count;
     eprintln!("{what}: exact answers {:.1} %, F1 {:.1} %", exact * 100.0, mean_f1 * 100.0);
     Ok((exact, mean_f1, answers))
@@ -170,9 +189,14 @@ fn sft(args: SftArgs) -> Result<ExitCode> {
     // Held out by article, so that no passage is seen in training.
     let (held_out, training) = articles.split_at(7);
     let (train_questions, eval_questions) = (pick(training, args.train_rows), pick(held_out, args.eval_rows));
-    let rows = |questions: &[&Question]| questions.iter().enumerate().map(|(index, q)| row(q, index)).collect::<Vec<_>>();
+    let rows =
+        |questions: &[&Question]| questions.iter().enumerate().map(|(index, q)| row(q, index)).collect::<Vec<_>>();
 
-    let mut sets = vec![("save_every".to_string(), "50".to_string()), ("data.max_length".into(), "768".into()), ("data.too_long".into(), "drop".into())];
+    let mut sets = vec![
+        ("save_every".to_string(), "50".to_string()),
+        ("data.max_length".into(), "768".into()),
+        ("data.too_long".into(), "drop".into()),
+    ];
     sets.extend(args.set.iter().map(|text| pt_train::config::parse_set(text)).collect::<Result<Vec<_>, _>>()?);
     let config: SftConfig = pt_train::config::load_config(None, &sets)?;
     let device = parse_device(&args.device)?;
@@ -187,7 +211,12 @@ fn sft(args: SftArgs) -> Result<ExitCode> {
         output: args.output.clone(),
         resume: false,
     };
-    eprintln!("{} questions to train on, {} held out from {} other articles (SQuAD, CC BY-SA 4.0)", train_questions.len(), eval_questions.len(), held_out.len());
+    eprintln!(
+        "{} questions to train on, {} held out from {} other articles (SQuAD, CC BY-SA 4.0)",
+        train_questions.len(),
+        eval_questions.len(),
+        held_out.len()
+    );
     let pretrained = Pretrained::open(&args.model)?;
     let encoder = ModelEncoder::new(&pretrained).context("the model carries no tokenizer")?;
     let checked = job.check(&pretrained)?;
@@ -219,10 +248,21 @@ fn sft(args: SftArgs) -> Result<ExitCode> {
     for sample in samples.iter().take(6) {
         let ask = sample.prompt.lines().find_map(|line| line.strip_prefix("Question: ")).unwrap_or_default();
         let cut = |text: &str, width: usize| text.replace('\n', " ").chars().take(width).collect::<String>();
-        let (expected, before) = (sample.expected.as_deref().unwrap_or_default(), sample.before.as_deref().unwrap_or_default());
-        eprintln!("{:<46} | {:<22} | {:<40} | {}", cut(ask, 46), cut(expected, 22), cut(before, 40), cut(&sample.after, 40));
+        let (expected, before) =
+            (sample.expected.as_deref().unwrap_or_default(), sample.before.as_deref().unwrap_or_default());
+        eprintln!(
+            "{:<46} | {:<22} | {:<40} | {}",
+            cut(ask, 46),
+            cut(expected, 22),
+            cut(before, 40),
+            cut(&sample.after, 40)
+        );
     }
-    finished.report(&job, vec![headline("exact answers", before.0, after.0), headline("answer F1", before.1, after.1)], samples)?;
+    finished.report(
+        &job,
+        vec![headline("exact answers", before.0, after.0), headline("answer F1", before.1, after.1)],
+        samples,
+    )?;
     let loss = |e: Option<pt_train::sft::Evaluation>| e.map_or(f64::NAN, |e| e.loss);
     println!("held-out loss   {:.4} -> {:.4} nats per token", loss(finished.before), loss(finished.outcome.evaluation));
     println!("exact answers   {:.1} % -> {:.1} %", before.0 * 100.0, after.0 * 100.0);
@@ -230,7 +270,11 @@ fn sft(args: SftArgs) -> Result<ExitCode> {
     println!("report          {}", finished.run.report_path().display());
     println!("adapter         {}", finished.adapter.display());
     println!("\nTalk with it:");
-    println!("  cargo run --release -p pt-cli -- chat --model {} --adapter {}", args.model.display(), finished.adapter.display());
+    println!(
+        "  cargo run --release -p pt-cli -- chat --model {} --adapter {}",
+        args.model.display(),
+        finished.adapter.display()
+    );
     Ok(ExitCode::SUCCESS)
 }
 
@@ -249,7 +293,9 @@ mod tests {
 
     #[test]
     fn questions_are_picked_evenly_from_all_articles() {
-        let article = |n: usize| (0..n).map(|i| Question { prompt: i.to_string(), answers: vec!["x".into()] }).collect::<Vec<_>>();
+        let article = |n: usize| {
+            (0..n).map(|i| Question { prompt: i.to_string(), answers: vec!["x".into()] }).collect::<Vec<_>>()
+        };
         let articles = [article(10), article(4)];
         let picked: Vec<&str> = pick(&articles, 4).iter().map(|q| q.prompt.as_str()).collect();
         assert_eq!(picked, ["0", "0", "5", "2"]);

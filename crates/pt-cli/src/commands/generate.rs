@@ -100,7 +100,9 @@ pub(crate) fn prompt_ids(row: &Row, encoder: &dyn Encode) -> Result<Vec<i64>> {
         }
         RowContent::Completion { prompt: Text::Chat(messages), tools, .. } => chat(messages, tools.as_ref())?,
         RowContent::Completion { prompt: Text::Plain(text), .. } | RowContent::Text(text) => text.clone(),
-        other => return Err(Usage(format!("{}: a {} row holds no prompt to complete", row.origin, other.form())).into()),
+        other => {
+            return Err(Usage(format!("{}: a {} row holds no prompt to complete", row.origin, other.form())).into());
+        }
     };
     encoder.encode(&text).map_err(anyhow::Error::msg).with_context(place)
 }
@@ -132,7 +134,9 @@ pub(crate) fn run(args: Args) -> Result<ExitCode> {
         (Some(rows), _) => rows.iter().map(|row| prompt_ids(row, &encoder)).collect::<Result<_>>()?,
         (None, Some(text)) => {
             let text = match encoder.has_template() {
-                true => encoder.render(&[pt_train::data::Message::new("user", text.as_str())], None, true).map_err(anyhow::Error::msg)?,
+                true => encoder
+                    .render(&[pt_train::data::Message::new("user", text.as_str())], None, true)
+                    .map_err(anyhow::Error::msg)?,
                 false => text.clone(),
             };
             vec![encoder.encode(&text).map_err(anyhow::Error::msg)?]
@@ -144,7 +148,10 @@ pub(crate) fn run(args: Args) -> Result<ExitCode> {
     let mut num_tokens = 0;
     for (chunk, batch) in prompts.chunks(args.batch_size.max(1)).enumerate() {
         // A row's seed depends on its place in the file, not in the batch.
-        let config = GenerateConfig { seed: config.seed.wrapping_add((chunk * args.batch_size.max(1)) as u64 * 0x9e37_79b9), ..config.clone() };
+        let config = GenerateConfig {
+            seed: config.seed.wrapping_add((chunk * args.batch_size.max(1)) as u64 * 0x9e37_79b9),
+            ..config.clone()
+        };
         let completions = generate(&opened.model, Some(encoder.tokenizer), batch, &config, &opened.sites, |_, _| true)?;
         for samples in completions.chunks(config.num_samples) {
             for row in samples {
@@ -165,6 +172,10 @@ pub(crate) fn run(args: Args) -> Result<ExitCode> {
     }
     bar.finish_and_clear();
     lines.finish()?;
-    eprintln!("{} rows, {num_tokens} tokens, {:.1} tokens/s", prompts.len(), num_tokens as f64 / started.elapsed().as_secs_f64());
+    eprintln!(
+        "{} rows, {num_tokens} tokens, {:.1} tokens/s",
+        prompts.len(),
+        num_tokens as f64 / started.elapsed().as_secs_f64()
+    );
     Ok(ExitCode::SUCCESS)
 }

@@ -38,11 +38,14 @@ pub(crate) fn run(args: Args) -> Result<ExitCode> {
 }
 
 fn model(args: &Args) -> Result<ExitCode> {
-    let path = ModelArgs { model: args.path.display().to_string(), adapter: None, device: "cpu".into(), dtype: "f32".into() }.path()?;
+    let path =
+        ModelArgs { model: args.path.display().to_string(), adapter: None, device: "cpu".into(), dtype: "f32".into() }
+            .path()?;
     let pretrained = Pretrained::open(&path)?;
     let config = &pretrained.config;
     let names = pretrained.tensors.names();
-    let parameters: i64 = names.iter().filter_map(|n| pretrained.tensors.shape(n)).map(|s| s.iter().product::<i64>()).sum();
+    let parameters: i64 =
+        names.iter().filter_map(|n| pretrained.tensors.shape(n)).map(|s| s.iter().product::<i64>()).sum();
     if args.json {
         let summary = json!({
             "path": path, "architecture": config.architecture.class_name(), "parameters": parameters, "tensors": names.len(),
@@ -52,18 +55,35 @@ fn model(args: &Args) -> Result<ExitCode> {
         return Ok(ExitCode::SUCCESS);
     }
     println!("{}", path.display());
-    println!("  {} with {:.1} M parameters in {} tensors", config.architecture.class_name(), parameters as f64 / 1e6, names.len());
+    println!(
+        "  {} with {:.1} M parameters in {} tensors",
+        config.architecture.class_name(),
+        parameters as f64 / 1e6,
+        names.len()
+    );
     println!(
         "  {} layers, hidden size {}, {} heads over {} key/value heads, context {}",
         config.num_layers, config.hidden_size, config.num_heads, config.num_kv_heads, config.max_position_embeddings
     );
-    println!("  vocabulary {}, output layer {}", config.vocab_size, if config.tie_word_embeddings { "tied" } else { "separate" });
+    println!(
+        "  vocabulary {}, output layer {}",
+        config.vocab_size,
+        if config.tie_word_embeddings { "tied" } else { "separate" }
+    );
     println!("  chat template: {}", if pretrained.chat_template.is_some() { "yes" } else { "no" });
     if let Some(tokenizer) = &pretrained.tokenizer {
-        let ends: Vec<String> = tokenizer.eos_ids.iter().map(|&id| format!("{id} {:?}", tokenizer.id_to_token(id).unwrap_or_default())).collect();
+        let ends: Vec<String> = tokenizer
+            .eos_ids
+            .iter()
+            .map(|&id| format!("{id} {:?}", tokenizer.id_to_token(id).unwrap_or_default()))
+            .collect();
         println!("  ends a turn: {}", ends.join(", "));
     }
-    println!("  memory for the weights: {:.0} MB in f32, {:.0} MB in bf16", parameters as f64 * 4e-6, parameters as f64 * 2e-6);
+    println!(
+        "  memory for the weights: {:.0} MB in f32, {:.0} MB in bf16",
+        parameters as f64 * 4e-6,
+        parameters as f64 * 2e-6
+    );
     Ok(ExitCode::SUCCESS)
 }
 

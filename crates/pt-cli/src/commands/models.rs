@@ -15,7 +15,10 @@ pub(crate) fn run(args: Args) -> Result<ExitCode> {
     for entry in pt_fetch::catalog() {
         let kind = format!("{:?}", entry.kind).to_lowercase();
         if args.json {
-            println!("{}", json!({"name": entry.name, "kind": kind, "licence": entry.licence, "description": entry.description}));
+            println!(
+                "{}",
+                json!({"name": entry.name, "kind": kind, "licence": entry.licence, "description": entry.description})
+            );
         } else {
             println!("{:<32} {:<6} {}  [{}]", entry.name, kind, entry.description, entry.licence);
         }

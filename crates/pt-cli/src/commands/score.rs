@@ -47,10 +47,14 @@ pub(crate) fn run(args: Args) -> Result<ExitCode> {
     }
     let bar = talk::bar(groups.len() as u64, "rows");
     let indices: Vec<usize> = (0..groups.len()).collect();
-    for batch_rows in pt_train::data::packing::split_by_tokens(&indices, Some(args.max_tokens), |row| groups[row].num_tokens()) {
+    for batch_rows in
+        pt_train::data::packing::split_by_tokens(&indices, Some(args.max_tokens), |row| groups[row].num_tokens())
+    {
         let chunk: Vec<PromptGroup> = batch_rows.iter().map(|&row| groups[row].clone()).collect();
         let batch = PackedBatch::new(&chunk, opened.model.device())?;
-        let out = no_grad(|| opened.model.label_logprobs(&batch, &opened.sites, RunOptions::default(), &LabelLogprobs::default()))?;
+        let out = no_grad(|| {
+            opened.model.label_logprobs(&batch, &opened.sites, RunOptions::default(), &LabelLogprobs::default())
+        })?;
         let logprobs = Vec::<f32>::try_from(out.logprobs.to_device(pt_tensor::Device::Cpu))?;
         let mut by_completion: Vec<Vec<f32>> = vec![vec![]; batch.num_completions];
         for (&completion, logprob) in batch.label_completion.iter().zip(logprobs) {

@@ -65,7 +65,11 @@ pub(crate) fn run(args: Args) -> Result<ExitCode> {
         // The compute kind of full fine-tuning is that of the masters.
         kind: if config.lora.is_none() { Kind::Float } else { args.model.kind()? },
         rows: read_rows(&args.data, &config.data.read_options())?,
-        eval_rows: if args.eval_data.is_empty() { vec![] } else { read_rows(&args.eval_data, &config.data.read_options())? },
+        eval_rows: if args.eval_data.is_empty() {
+            vec![]
+        } else {
+            read_rows(&args.eval_data, &config.data.read_options())?
+        },
         config,
         output: args.output,
         resume: args.resume,
@@ -118,17 +122,23 @@ pub(crate) struct Finished {
 impl Job {
     /// Tokenizes and checks all rows, and shows what will be trained.
     pub(crate) fn check(&self, pretrained: &Pretrained) -> Result<Checked> {
-        let encoder = ModelEncoder::new(pretrained).context("the model carries no tokenizer: put its tokenizer.json beside config.json")?;
+        let encoder = ModelEncoder::new(pretrained)
+            .context("the model carries no tokenizer: put its tokenizer.json beside config.json")?;
         let context = pretrained.config.max_position_embeddings as usize;
         if self.config.data.max_length > context {
-            bail!(talk::Usage(format!("data.max_length is {}, the model's context is {context}", self.config.data.max_length)));
+            bail!(talk::Usage(format!(
+                "data.max_length is {}, the model's context is {context}",
+                self.config.data.max_length
+            )));
         }
         let train = preflight(&self.rows, &encoder, &self.config.data)?;
         eprintln!("{}", train.summary.to_text());
         for example in train.examples(&self.rows, &encoder, talk::is_terminal()) {
             eprintln!("{example}\n");
         }
-        let eval = (!self.eval_rows.is_empty()).then(|| preflight(&self.eval_rows, &encoder, &self.config.data)).transpose()?;
+        let eval = (!self.eval_rows.is_empty())
+            .then(|| preflight(&self.eval_rows, &encoder, &self.config.data))
+            .transpose()?;
         if let Some(eval) = &eval {
             let shared = overlap(&train.groups, &eval.groups);
             if shared > 0 {
@@ -139,7 +149,13 @@ impl Job {
     }
 
     /// Trains and saves the adapter (or the model) under `output`.
-    pub(crate) fn train(&self, pretrained: &Pretrained, model: &mut CausalLm, checked: Checked, samples: Vec<Sample>) -> Result<Finished> {
+    pub(crate) fn train(
+        &self,
+        pretrained: &Pretrained,
+        model: &mut CausalLm,
+        checked: Checked,
+        samples: Vec<Sample>,
+    ) -> Result<Finished> {
         let run = match self.resume {
             true => RunDir::open(&self.output)?,
             false => RunDir::create(&self.output, &to_yaml(&self.config)?)?,
@@ -164,12 +180,21 @@ impl Job {
             None => (Rc::new(Bare), model.train_all()?, None),
         };
         let num_trained: usize = parameters.iter().map(|(_, p)| p.numel()).sum();
-        eprintln!("training {num_trained} parameters in {} tensors, {:?} on {:?}", parameters.len(), self.kind, self.device);
+        eprintln!(
+            "training {num_trained} parameters in {} tensors, {:?} on {:?}",
+            parameters.len(),
+            self.kind,
+            self.device
+        );
         let before = match (eval_groups.is_empty(), self.resume) {
             (false, false) => {
                 let bare: Rc<dyn Sites> = Rc::new(Bare);
                 let before = evaluate(model, &bare, &eval_groups, 4096)?;
-                eprintln!("held out before training: loss {:.4}, token accuracy {:.1} %", before.loss, before.accuracy * 100.0);
+                eprintln!(
+                    "held out before training: loss {:.4}, token accuracy {:.1} %",
+                    before.loss,
+                    before.accuracy * 100.0
+                );
                 Some(before)
             }
             _ => None,
@@ -192,7 +217,15 @@ impl Job {
         }
         let (_, checkpoint) = run.latest()?.context("the run saved no checkpoint")?;
         let adapter = checkpoint.join(if adapter.is_some() { "adapter" } else { "model" });
-        let finished = Finished { outcome, before, adapter, sites: sites.clone(), run, summaries, seconds: started.elapsed().as_secs_f64() };
+        let finished = Finished {
+            outcome,
+            before,
+            adapter,
+            sites: sites.clone(),
+            run,
+            summaries,
+            seconds: started.elapsed().as_secs_f64(),
+        };
         finished.report(self, vec![], samples)?;
         match outcome.ending {
             Ending::Interrupted => eprintln!("stopped at step {}; continue with --resume", outcome.steps),
@@ -244,7 +277,12 @@ impl Finished {
 }
 
 /// A model folder as Hugging Face has it.
-pub(crate) fn save_model(folder: &Path, pretrained: &Pretrained, model: &CausalLm, max_shard_bytes: usize) -> pt_train::Result<()> {
+pub(crate) fn save_model(
+    folder: &Path,
+    pretrained: &Pretrained,
+    model: &CausalLm,
+    max_shard_bytes: usize,
+) -> pt_train::Result<()> {
     std::fs::create_dir_all(folder).map_err(|source| pt_tensor::TensorError::Write { path: folder.into(), source })?;
     pt_tensor::io::save_sharded(folder, &model.named_parameters()?, max_shard_bytes)?;
     let mut config = pretrained.config.raw.clone();
@@ -255,7 +293,9 @@ pub(crate) fn save_model(folder: &Path, pretrained: &Pretrained, model: &CausalL
     };
     config.insert("dtype".into(), kind.into());
     config.remove("torch_dtype");
-    pt_tensor::io::write_atomically(&folder.join("config.json"), |out| Ok(serde_json::to_writer_pretty(out, &config)?))?;
+    pt_tensor::io::write_atomically(&folder.join("config.json"), |out| {
+        Ok(serde_json::to_writer_pretty(out, &config)?)
+    })?;
     if let Some(tokenizer) = &pretrained.tokenizer {
         tokenizer.save(folder)?;
     }
@@ -299,7 +339,11 @@ impl Progress {
 
 impl Observer for Progress {
     fn on_step(&mut self, record: &StepRecord) {
-        self.speed = if self.speed == 0.0 { record.tokens_per_second } else { 0.9 * self.speed + 0.1 * record.tokens_per_second };
+        self.speed = if self.speed == 0.0 {
+            record.tokens_per_second
+        } else {
+            0.9 * self.speed + 0.1 * record.tokens_per_second
+        };
         let bar = self.bar.get_or_insert_with(|| talk::bar(record.total_steps, "steps"));
         bar.set_position(record.step);
         bar.set_message(format!("loss {:.3}  {:.0} tokens/s", record.loss, self.speed));
@@ -315,6 +359,10 @@ impl Observer for Progress {
 
     fn on_evaluation(&mut self, step: u64, evaluation: &Evaluation, is_best: bool) {
         let mark = if is_best { " (best so far)" } else { "" };
-        self.say(&format!("step {step}: held-out loss {:.4}, token accuracy {:.1} %{mark}", evaluation.loss, evaluation.accuracy * 100.0));
+        self.say(&format!(
+            "step {step}: held-out loss {:.4}, token accuracy {:.1} %{mark}",
+            evaluation.loss,
+            evaluation.accuracy * 100.0
+        ));
     }
 }

@@ -31,7 +31,9 @@ fn repr(value: &Value) -> String {
         ValueKind::String => quoted(value.as_str().unwrap_or_default()),
         ValueKind::Seq => format!("[{}]", list(value).iter().map(repr).collect::<Vec<_>>().join(", ")),
         ValueKind::Map => {
-            let entry = |key: &Value| format!("{}: {}", repr(key), value.get_item(key).map(|item| repr(&item)).unwrap_or_default());
+            let entry = |key: &Value| {
+                format!("{}: {}", repr(key), value.get_item(key).map(|item| repr(&item)).unwrap_or_default())
+            };
             format!("{{{}}}", list(value).iter().map(entry).collect::<Vec<_>>().join(", "))
         }
         _ => value.to_string(),
@@ -163,7 +165,18 @@ impl JsonFormat {
 }
 
 const MONTHS: [&str; 12] = [
-    "January", "February", "March", "April", "May", "June", "July", "August", "September", "October", "November", "December",
+    "January",
+    "February",
+    "March",
+    "April",
+    "May",
+    "June",
+    "July",
+    "August",
+    "September",
+    "October",
+    "November",
+    "December",
 ];
 const DAYS: [&str; 7] = ["Sunday", "Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday"];
 
@@ -229,7 +242,15 @@ mod tests {
 
     #[test]
     fn floats_print_as_in_python() {
-        let cases = [(1.0, "1.0"), (0.1, "0.1"), (1e16, "1e+16"), (1.5e-5, "1.5e-05"), (1e15, "1000000000000000.0"), (-0.0, "-0.0"), (0.0001, "0.0001")];
+        let cases = [
+            (1.0, "1.0"),
+            (0.1, "0.1"),
+            (1e16, "1e+16"),
+            (1.5e-5, "1.5e-05"),
+            (1e15, "1000000000000000.0"),
+            (-0.0, "-0.0"),
+            (0.0001, "0.0001"),
+        ];
         for (number, expected) in cases {
             assert_eq!(float(number), expected);
         }
@@ -238,7 +259,10 @@ mod tests {
     #[test]
     fn dates_print_as_in_python() {
         let moment = UNIX_EPOCH + Duration::from_secs(1_709_211_845);
-        assert_eq!(strftime("%A %d %B %Y, %H:%M:%S %-d %b %y %%", moment), "Thursday 29 February 2024, 13:04:05 29 Feb 24 %");
+        assert_eq!(
+            strftime("%A %d %B %Y, %H:%M:%S %-d %b %y %%", moment),
+            "Thursday 29 February 2024, 13:04:05 29 Feb 24 %"
+        );
         assert_eq!(strftime("%d %b %Y", UNIX_EPOCH), "01 Jan 1970");
     }
 }

@@ -1,12 +1,12 @@
 //! Keys and values of the tokens so far, in buffers that are made once and never grow.
 
+use crate::Result;
 use crate::attention::packed_attention;
 use crate::batch::{AttentionPlan, Segment};
 use crate::decoder::{Attend, CausalLm};
-use crate::Result;
 use pt_tensor::Tensor;
-use std::sync::Arc;
 use std::rc::Rc;
+use std::sync::Arc;
 
 /// Per layer `[rows, capacity, num_kv_heads, head_dim]` keys and values.
 #[derive(Debug)]
@@ -78,7 +78,11 @@ impl Decode {
         let mut runs: Vec<(usize, usize)> = Vec::new();
         for i in 0..rows.len() {
             match runs.last_mut() {
-                Some((first, count)) if positions[*first] == positions[i] && rows[*first] + *count as i64 == rows[i] => *count += 1,
+                Some((first, count))
+                    if positions[*first] == positions[i] && rows[*first] + *count as i64 == rows[i] =>
+                {
+                    *count += 1
+                }
                 _ => runs.push((i, 1)),
             }
         }
@@ -96,14 +100,25 @@ impl Attend for Decode {
             let (row, position, count) = (self.rows[first], self.positions[first], count as i64);
             let first = first as i64;
             for (buffer, new) in [(keys, key), (values, value)] {
-                buffer.narrow(0, row, count).narrow(1, position, 1).f_copy_(&new.narrow(0, first, count).unsqueeze(1))?;
+                buffer
+                    .narrow(0, row, count)
+                    .narrow(1, position, 1)
+                    .f_copy_(&new.narrow(0, first, count).unsqueeze(1))?;
             }
             let start = self.cache.window.map_or(0, |window| (position + 1 - window).max(0));
-            let seen = |buffer: &Tensor| buffer.narrow(0, row, count).narrow(1, start, position + 1 - start).transpose(1, 2);
+            let seen =
+                |buffer: &Tensor| buffer.narrow(0, row, count).narrow(1, start, position + 1 - start).transpose(1, 2);
             // A key head serves a run of query heads: they take the place of query positions.
             let grouped = query.narrow(0, first, count).view([count, kv_heads, num_heads / kv_heads, head_dim]);
             let output = Tensor::f_scaled_dot_product_attention(
-                &grouped, &seen(keys), &seen(values), None::<&Tensor>, 0.0, false, self.cache.scale, false,
+                &grouped,
+                &seen(keys),
+                &seen(values),
+                None::<&Tensor>,
+                0.0,
+                false,
+                self.cache.scale,
+                false,
             )?;
             outputs.push(output.reshape([count, num_heads, head_dim]));
         }

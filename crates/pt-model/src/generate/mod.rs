@@ -145,7 +145,11 @@ pub fn generate(
     let context = model.config().max_position_embeddings as usize;
     for prompt in prompts {
         if prompt.is_empty() {
-            return Err(ModelError::Argument { what: "prompt".into(), found: "empty".into(), expected: "at least one token".into() });
+            return Err(ModelError::Argument {
+                what: "prompt".into(),
+                found: "empty".into(),
+                expected: "at least one token".into(),
+            });
         }
         if prompt.len() >= context {
             return Err(ModelError::TooLong { length: prompt.len() + 1, context });
@@ -185,11 +189,13 @@ pub fn generate(
                 break;
             }
             let ids: Vec<i64> = active.iter().filter_map(|&row| rows[row].token_ids.last().copied()).collect();
-            let positions: Vec<i64> = active.iter().map(|&row| (rows[row].prompt.len() + rows[row].token_ids.len() - 1) as i64).collect();
+            let positions: Vec<i64> =
+                active.iter().map(|&row| (rows[row].prompt.len() + rows[row].token_ids.len() - 1) as i64).collect();
             let cache_rows: Vec<i64> = active.iter().map(|&row| rows[row].cache_row).collect();
             let attend = Rc::new(cache::Decode::new(cache.clone(), cache_rows, positions.clone()));
             let device = model.device();
-            let (ids, positions) = (Tensor::from_slice(&ids).to_device(device), Tensor::from_slice(&positions).to_device(device));
+            let (ids, positions) =
+                (Tensor::from_slice(&ids).to_device(device), Tensor::from_slice(&positions).to_device(device));
             let logits = model.step(&ids, &positions, attend, None, sites)?;
             choose(&mut rows, &active, &logits, config, tokenizer, &mut on_token)?;
         }
@@ -205,7 +211,13 @@ pub fn generate(
 }
 
 /// Computes the prompts, packed, into the cache rows of their samples; returns the logits after each prompt.
-fn prefill(model: &CausalLm, prompts: &[Vec<i64>], num_samples: usize, cache: &Rc<Cache>, sites: &Rc<dyn Sites>) -> Result<Tensor> {
+fn prefill(
+    model: &CausalLm,
+    prompts: &[Vec<i64>],
+    num_samples: usize,
+    cache: &Rc<Cache>,
+    sites: &Rc<dyn Sites>,
+) -> Result<Tensor> {
     let ids: Vec<i64> = prompts.iter().flatten().copied().collect();
     let positions: Vec<i64> = prompts.iter().flat_map(|prompt| 0..prompt.len() as i64).collect();
     let mut ends = Vec::new();

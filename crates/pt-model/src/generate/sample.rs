@@ -55,7 +55,8 @@ impl Sampler {
     }
 
     fn draw(&mut self, scaled: &[f64], log_sum: f64) -> usize {
-        let mut candidates: Vec<(usize, f64)> = scaled.iter().enumerate().map(|(id, s)| (id, (s - log_sum).exp())).collect();
+        let mut candidates: Vec<(usize, f64)> =
+            scaled.iter().enumerate().map(|(id, s)| (id, (s - log_sum).exp())).collect();
         let is_cut = self.top_k > 0 || self.top_p < 1.0 || self.min_p > 0.0;
         if is_cut {
             // By probability, ties by id: a total order, so the choice does not depend on the sort.

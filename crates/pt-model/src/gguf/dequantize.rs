@@ -87,8 +87,16 @@ pub fn dequantize(ggml_type: GgmlType, bytes: &[u8]) -> Option<Vec<f32>> {
     }
     let decode_block: fn(&[u8], &mut [f32]) = match ggml_type.name {
         "F32" => |block, out| out[0] = f32::from_le_bytes([block[0], block[1], block[2], block[3]]),
-        "F16" => return Some(halves(bytes, |halves, out| halves.iter().map(|&h| f16::from_bits(h)).collect::<Vec<_>>().convert_to_f32_slice(out))),
-        "BF16" => return Some(halves(bytes, |halves, out| halves.iter().map(|&h| bf16::from_bits(h)).collect::<Vec<_>>().convert_to_f32_slice(out))),
+        "F16" => {
+            return Some(halves(bytes, |halves, out| {
+                halves.iter().map(|&h| f16::from_bits(h)).collect::<Vec<_>>().convert_to_f32_slice(out)
+            }));
+        }
+        "BF16" => {
+            return Some(halves(bytes, |halves, out| {
+                halves.iter().map(|&h| bf16::from_bits(h)).collect::<Vec<_>>().convert_to_f32_slice(out)
+            }));
+        }
         "Q4_0" => q4_0,
         "Q4_1" => q4_1,
         "Q5_0" => q5_0,
@@ -245,7 +253,8 @@ mod tests {
 
     #[test]
     fn threads_split_a_tensor_without_a_seam() {
-        let bytes: Vec<u8> = (0..3 * 32769 * 34u32).map(|i| (i.wrapping_mul(2_654_435_761) >> 24) as u8 & 0x7b).collect();
+        let bytes: Vec<u8> =
+            (0..3 * 32769 * 34u32).map(|i| (i.wrapping_mul(2_654_435_761) >> 24) as u8 & 0x7b).collect();
         let parts: Vec<f32> = bytes.chunks(34 * 1000).flat_map(|part| decode("Q8_0", part)).collect();
         assert!(parts == decode("Q8_0", &bytes));
     }

@@ -269,7 +269,9 @@ impl<R: Read> Header<'_, R> {
         let name = self.name("a tensor name")?;
         let num_dimensions = self.u32(&name)?;
         if num_dimensions == 0 || num_dimensions > MAX_DIMENSIONS {
-            return Err(self.error(format!("tensor `{name}` has {num_dimensions} dimensions, expected 1 to {MAX_DIMENSIONS}")));
+            return Err(
+                self.error(format!("tensor `{name}` has {num_dimensions} dimensions, expected 1 to {MAX_DIMENSIONS}"))
+            );
         }
         let mut shape = Vec::with_capacity(num_dimensions as usize);
         let mut num_elements = 1u64;
@@ -300,7 +302,8 @@ impl<R: Read> Header<'_, R> {
         for (name, info) in tensors.iter_mut() {
             let end = data_start.checked_add(info.start).and_then(|start| start.checked_add(info.num_bytes));
             if end.is_none_or(|end| end > self.file_len) {
-                let wanted = format!("tensor `{name}` takes {} bytes from byte {} of the data", info.num_bytes, info.start);
+                let wanted =
+                    format!("tensor `{name}` takes {} bytes from byte {} of the data", info.num_bytes, info.start);
                 let held = self.file_len.saturating_sub(data_start);
                 return Err(self.error(format!("{wanted}, the file holds {held} bytes of data")));
             }
@@ -343,7 +346,9 @@ impl<R: Read> Header<'_, R> {
             _ => self.scalar_size(key, kind)?,
         };
         if len > self.remaining() / least {
-            return Err(self.error(format!("metadata `{key}` lists {len} elements, {} bytes are left", self.remaining())));
+            return Err(
+                self.error(format!("metadata `{key}` lists {len} elements, {} bytes are left", self.remaining()))
+            );
         }
         match kind {
             8 => Ok(Array::Strings((0..len).map(|_| self.string(key)).collect::<Result<_>>()?)),

@@ -82,7 +82,11 @@ pub(crate) fn placement(gguf_name: &str, config: &ModelConfig) -> Option<Placeme
 /// `j · half + i`. `None` when the rows do not split into heads of even width.
 pub(crate) fn deinterleave_heads(bytes: &[u8], num_rows: i64, num_heads: i64) -> Option<Vec<u8>> {
     let (num_rows, num_heads) = (usize::try_from(num_rows).ok()?, usize::try_from(num_heads).ok()?);
-    if num_heads == 0 || num_rows == 0 || !num_rows.is_multiple_of(2 * num_heads) || !bytes.len().is_multiple_of(num_rows) {
+    if num_heads == 0
+        || num_rows == 0
+        || !num_rows.is_multiple_of(2 * num_heads)
+        || !bytes.len().is_multiple_of(num_rows)
+    {
         return None;
     }
     let row_bytes = bytes.len() / num_rows;

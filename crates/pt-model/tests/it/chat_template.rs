@@ -15,7 +15,9 @@ fn golden_chat_template_texts_equal_those_of_transformers() {
             match (rendered, case["expected"].as_str()) {
                 (Ok(rendered), Some(expected)) if rendered == expected => {}
                 (Err(error), None) if error.to_string().ends_with(case["error"].as_str().unwrap()) => {}
-                (rendered, _) => faults.push(format!("{place}:\n{rendered:?}\n{:?}\n{:?}", case["expected"], case["error"])),
+                (rendered, _) => {
+                    faults.push(format!("{place}:\n{rendered:?}\n{:?}\n{:?}", case["expected"], case["error"]))
+                }
             }
         }
     }
@@ -34,7 +36,10 @@ fn a_folder_keeps_its_template_in_either_place() {
     let folder = tempfile::tempdir().unwrap();
     let write = |name: &str, text: &str| std::fs::write(folder.path().join(name), text).unwrap();
     assert!(ChatTemplate::from_folder(folder.path()).unwrap().is_none());
-    write("tokenizer_config.json", r#"{"eos_token": {"content": "</s>"}, "chat_template": [{"name": "x", "template": "no"}, {"name": "default", "template": "a{{ eos_token }}"}]}"#);
+    write(
+        "tokenizer_config.json",
+        r#"{"eos_token": {"content": "</s>"}, "chat_template": [{"name": "x", "template": "no"}, {"name": "default", "template": "a{{ eos_token }}"}]}"#,
+    );
     let render = || ChatTemplate::from_folder(folder.path()).unwrap().unwrap().render(&[], None, false).unwrap();
     assert_eq!(render(), "a</s>");
     write("chat_template.jinja", "b{{ eos_token }}\n");

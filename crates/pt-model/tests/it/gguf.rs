@@ -48,9 +48,20 @@ fn metadata_of_every_type_is_read() {
     let gguf = Gguf::open(&fixtures("gguf_types/f32/x.gguf")).unwrap();
     let shown = |key: &str| gguf.metadata().get(&format!("test.{key}")).map(ToString::to_string).unwrap();
     let expected = [
-        ("u8", "200"), ("i8", "-7"), ("u16", "60000"), ("i16", "-300"), ("u32", "4294967295"), ("i32", "-2147483648"),
-        ("u64", "1099511627776"), ("i64", "-1099511627776"), ("f32", "0.10000000149011612"), ("f64", "0.1"),
-        ("bool", "true"), ("string", "\"naïve\""), ("strings", "a list of 3"), ("integers", "a list of 3"),
+        ("u8", "200"),
+        ("i8", "-7"),
+        ("u16", "60000"),
+        ("i16", "-300"),
+        ("u32", "4294967295"),
+        ("i32", "-2147483648"),
+        ("u64", "1099511627776"),
+        ("i64", "-1099511627776"),
+        ("f32", "0.10000000149011612"),
+        ("f64", "0.1"),
+        ("bool", "true"),
+        ("string", "\"naïve\""),
+        ("strings", "a list of 3"),
+        ("integers", "a list of 3"),
     ];
     for (key, value) in expected {
         assert_eq!(shown(key), value, "{key}");

@@ -10,8 +10,13 @@ fn logprobs(model: &CausalLm, groups: &[PromptGroup], options: RunOptions) -> Te
 }
 
 fn rows() -> Vec<PromptGroup> {
-    let row = |prompt: &[i64], completion: &[i64]| PromptGroup::single(prompt.to_vec(), Completion::new(completion.to_vec()));
-    vec![row(&[5, 9, 14, 3], &[7, 8, 2]), row(&[11], &[3, 4, 5, 6, 7, 8, 9, 10]), row(&[1, 2, 3, 4, 5, 6, 7], &[20, 21])]
+    let row =
+        |prompt: &[i64], completion: &[i64]| PromptGroup::single(prompt.to_vec(), Completion::new(completion.to_vec()));
+    vec![
+        row(&[5, 9, 14, 3], &[7, 8, 2]),
+        row(&[11], &[3, 4, 5, 6, 7, 8, 9, 10]),
+        row(&[1, 2, 3, 4, 5, 6, 7], &[20, 21]),
+    ]
 }
 
 /// Gradient of the summed log-probs with respect to every weight.
@@ -34,7 +39,8 @@ fn packed_rows_score_as_rows_alone() {
     for case in CASES {
         let model = tiny(case, Kind::Double);
         let packed = logprobs(&model, &rows(), RunOptions::default());
-        let alone: Vec<Tensor> = rows().into_iter().map(|row| logprobs(&model, &[row], RunOptions::default())).collect();
+        let alone: Vec<Tensor> =
+            rows().into_iter().map(|row| logprobs(&model, &[row], RunOptions::default())).collect();
         assert!(max_error(&packed, &Tensor::cat(&alone, 0)) < 1e-12, "{case}");
     }
 }
@@ -65,7 +71,10 @@ fn a_shared_prompt_equals_a_repeated_one_in_values_and_gradients() {
     for case in CASES {
         let model = tiny(case, Kind::Double);
         let options = RunOptions::default();
-        assert!(max_error(&logprobs(&model, &shared, options), &logprobs(&model, &repeated, options)) < 1e-12, "{case}");
+        assert!(
+            max_error(&logprobs(&model, &shared, options), &logprobs(&model, &repeated, options)) < 1e-12,
+            "{case}"
+        );
         assert_equal_gradients(case, &gradients(case, &shared, options), &gradients(case, &repeated, options));
     }
 }
@@ -109,7 +118,14 @@ fn decoding_with_a_cache_equals_running_the_whole_sequence() {
 #[test]
 fn samples_of_a_prompt_do_not_depend_on_the_batch() {
     let model = tiny("llama", Kind::Double);
-    let config = GenerateConfig { max_new_tokens: 8, temperature: 1.0, top_p: 0.9, seed: 7, num_samples: 3, ..Default::default() };
+    let config = GenerateConfig {
+        max_new_tokens: 8,
+        temperature: 1.0,
+        top_p: 0.9,
+        seed: 7,
+        num_samples: 3,
+        ..Default::default()
+    };
     let alone = generate(&model, None, &[vec![5, 9]], &config, &bare(), |_, _| true).unwrap();
     let batched = generate(&model, None, &[vec![5, 9], vec![3, 4, 5, 6]], &config, &bare(), |_, _| true).unwrap();
     assert_eq!(alone, batched[..3]);
@@ -120,7 +136,8 @@ fn samples_of_a_prompt_do_not_depend_on_the_batch() {
 fn a_prompt_without_room_to_answer_is_refused() {
     let model = tiny("llama", Kind::Float);
     let context = model.config().max_position_embeddings as usize;
-    let error = generate(&model, None, &[vec![1; context]], &GenerateConfig::default(), &bare(), |_, _| true).unwrap_err();
+    let error =
+        generate(&model, None, &[vec![1; context]], &GenerateConfig::default(), &bare(), |_, _| true).unwrap_err();
     assert!(error.to_string().contains(&format!("longer than the context of {context}")), "{error}");
     assert!(error.hint().is_some());
 }

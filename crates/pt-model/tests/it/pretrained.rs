@@ -27,7 +27,10 @@ fn golden_gguf_models_are_the_folders_they_were_made_from() {
         }
         let (mut found, mut expected) = (from_gguf.config, from_folder.config);
         // Numbers are f32 in GGUF, and ids stand with the tokenizer, which these files do not carry.
-        assert!((found.norm_eps / expected.norm_eps - 1.0).abs() < 1e-6 && (found.rope_theta / expected.rope_theta - 1.0).abs() < 1e-6);
+        assert!(
+            (found.norm_eps / expected.norm_eps - 1.0).abs() < 1e-6
+                && (found.rope_theta / expected.rope_theta - 1.0).abs() < 1e-6
+        );
         for config in [&mut found, &mut expected] {
             (config.norm_eps, config.rope_theta) = (1e-5, 1e4);
             (config.bos_token_id, config.eos_token_ids, config.pad_token_id) = (None, vec![], None);
@@ -45,7 +48,8 @@ fn smollm2_opens_with_every_tensor_in_place() {
     assert_eq!((config.num_layers, config.num_heads, config.num_kv_heads, config.head_dim), (30, 9, 3, 64));
     assert_eq!((config.vocab_size, config.rope_theta, config.tie_word_embeddings), (49152, 100_000.0, true));
     assert_eq!(pretrained.tensors.names().len(), 272);
-    let weight = pretrained.tensors.tensor("model.layers.29.self_attn.k_proj.weight", Kind::BFloat16, Device::Cpu).unwrap();
+    let weight =
+        pretrained.tensors.tensor("model.layers.29.self_attn.k_proj.weight", Kind::BFloat16, Device::Cpu).unwrap();
     assert_eq!((weight.size(), weight.kind()), (vec![192, 576], Kind::BFloat16));
 }
 
@@ -80,6 +84,10 @@ fn a_path_that_is_no_model_is_an_error_that_says_why() {
 #[test]
 fn a_tensor_that_is_not_there_is_named_with_the_nearest() {
     let pretrained = Pretrained::open(fixtures("models/llama/model")).unwrap();
-    let error = pretrained.tensors.tensor("model.layers.0.self_attn.q_pro.weight", Kind::Float, Device::Cpu).unwrap_err();
-    assert!(matches!(&error, ModelError::MissingTensor { near: Some(near), .. } if near == "model.layers.0.self_attn.q_proj.weight"), "{error:?}");
+    let error =
+        pretrained.tensors.tensor("model.layers.0.self_attn.q_pro.weight", Kind::Float, Device::Cpu).unwrap_err();
+    assert!(
+        matches!(&error, ModelError::MissingTensor { near: Some(near), .. } if near == "model.layers.0.self_attn.q_proj.weight"),
+        "{error:?}"
+    );
 }

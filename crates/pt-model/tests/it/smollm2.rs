@@ -37,20 +37,21 @@ fn golden_greedy_tokens_and_logprobs_equal_those_of_transformers() {
     };
     let rows = generate(&model, None, &prompts, &config, &bare(), |_, _| true).unwrap();
     for (case, row) in cases.iter().zip(rows) {
-        assert_eq!(row.token_ids, ids(&case["token_ids"]), "{}", case["prompt"]);
+        assert_eq!(row.token_ids, ids(&case["new_ids"]), "{}", case["prompt"]);
     }
 
-    let cases = expected["logprobs"].as_array().unwrap();
+    let cases = expected["scored"].as_array().unwrap();
     assert_eq!(cases.len(), 8);
     let groups: Vec<PromptGroup> = cases
         .iter()
         .map(|case| PromptGroup::single(ids(&case["prompt_ids"]), Completion::new(ids(&case["completion_ids"]))))
         .collect();
     let batch = PackedBatch::new(&groups, Device::Cpu).unwrap();
-    let out = no_grad(|| model.label_logprobs(&batch, &bare(), RunOptions::default(), &LabelLogprobs::default())).unwrap();
+    let out =
+        no_grad(|| model.label_logprobs(&batch, &bare(), RunOptions::default(), &LabelLogprobs::default())).unwrap();
     let sums = Vec::<f32>::try_from(batch.sum_by_completion(&out.logprobs)).unwrap();
     for (case, sum) in cases.iter().zip(sums) {
-        let want = case["logprob"].as_f64().unwrap();
+        let want = case["logprob_sum"].as_f64().unwrap();
         assert!((f64::from(sum) - want).abs() <= 1e-3, "{sum} and {want}");
     }
 }

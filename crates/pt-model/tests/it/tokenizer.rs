@@ -35,7 +35,10 @@ fn golden_tokenizer_saved_as_json_is_the_same_tokenizer() {
         tokenizer.save(saved.path()).unwrap();
         let again = Tokenizer::from_file(saved.path()).unwrap();
         check(&again, folder);
-        assert_eq!((again.eos_ids.as_slice(), again.bos_token(), again.eos_token()), (&[2][..], Some("<|im_start|>"), Some("<|im_end|>")));
+        assert_eq!(
+            (again.eos_ids.as_slice(), again.bos_token(), again.eos_token()),
+            (&[2][..], Some("<|im_start|>"), Some("<|im_end|>"))
+        );
         assert_eq!(again.vocab_size(), tokenizer.vocab_size());
     }
 }

@@ -32,14 +32,16 @@ fn adapters_of_peft_are_written_back_with_the_same_tensors_and_settings() {
         let folder = tempfile::tempdir().unwrap();
         let copy = folder.path().join("new/copy");
         LoraAdapter::load(&case.join("adapter"), &tiny(&base)).unwrap().save(&copy).unwrap();
-        let [ours, theirs] = [&copy, &case.join("adapter")].map(|f| SafetensorsReader::open(f.join(TENSOR_FILE)).unwrap());
+        let [ours, theirs] =
+            [&copy, &case.join("adapter")].map(|f| SafetensorsReader::open(f.join(TENSOR_FILE)).unwrap());
         assert_eq!(ours.names().collect::<Vec<_>>(), theirs.names().collect::<Vec<_>>(), "{}", case.display());
         assert_eq!(ours.metadata(), theirs.metadata());
         for name in ours.names() {
             let [a, b] = [&ours, &theirs].map(|r| r.tensor(name, Device::Cpu).unwrap());
             assert!(a.equal(&b), "{name}");
         }
-        let [ours, theirs] = [&copy, &case.join("adapter")].map(|f| LoraConfig::from_peft_file(&f.join(CONFIG_FILE)).unwrap());
+        let [ours, theirs] =
+            [&copy, &case.join("adapter")].map(|f| LoraConfig::from_peft_file(&f.join(CONFIG_FILE)).unwrap());
         let [ours, theirs] = [ours, theirs].map(|c| c.to_peft_text(false));
         assert_eq!(ours, theirs);
         assert!(copy.join("README.md").exists());
@@ -114,7 +116,8 @@ fn a_folder_that_cannot_be_written_is_named_and_nothing_is_left() {
     let folder = tempfile::tempdir().unwrap();
     let blocked = folder.path().join("file");
     std::fs::write(&blocked, "").unwrap();
-    let error = LoraAdapter::new(LoraConfig::default(), &tiny("llama"), 1).unwrap().save(&blocked.join("a")).unwrap_err();
+    let error =
+        LoraAdapter::new(LoraConfig::default(), &tiny("llama"), 1).unwrap().save(&blocked.join("a")).unwrap_err();
     assert!(error.to_string().contains("cannot write"), "{error}");
     assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1);
 }

@@ -1,7 +1,7 @@
 //! Adapters on the tiny models of `fixtures/`, against what PEFT wrote and computed.
 
-mod golden;
 mod files;
+mod golden;
 mod laws;
 
 use pt_model::{CausalLm, Pretrained};
