@@ -14,7 +14,8 @@ use std::time::Instant;
 /// # Errors
 /// When PT_TEST_MODEL is not set.
 pub fn model_path() -> Result<PathBuf> {
-    let path = std::env::var_os("PT_TEST_MODEL").context("PT_TEST_MODEL is not set: run through `cargo xtask bench`")?;
+    let path =
+        std::env::var_os("PT_TEST_MODEL").context("PT_TEST_MODEL is not set: run through `cargo xtask bench`")?;
     Ok(path.into())
 }
 
@@ -40,13 +41,27 @@ pub fn rows(count: usize) -> Vec<PromptGroup> {
 pub fn matmul_roof(config: &ModelConfig, tokens: i64, kind: Kind) -> f64 {
     let (hidden, inner) = (config.hidden_size, config.intermediate_size);
     let (queries, keys) = (config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim);
-    let shapes = [(hidden, queries), (hidden, keys), (hidden, keys), (queries, hidden), (hidden, inner), (hidden, inner), (inner, hidden)];
+    let shapes = [
+        (hidden, queries),
+        (hidden, keys),
+        (hidden, keys),
+        (queries, hidden),
+        (hidden, inner),
+        (hidden, inner),
+        (inner, hidden),
+    ];
     let random = |size: [i64; 2]| Tensor::randn(size, (Kind::Float, Device::Cpu)).to_kind(kind);
     let (mut flops, mut seconds) = (0.0, 0.0);
     for (input, output) in shapes {
         let (x, weight, grad) = (random([tokens, input]), random([output, input]), random([tokens, output]));
         let best = |run: &dyn Fn() -> Tensor| {
-            (0..7).map(|_| { let start = Instant::now(); let _ = run(); start.elapsed().as_secs_f64() }).fold(f64::MAX, f64::min)
+            (0..7)
+                .map(|_| {
+                    let start = Instant::now();
+                    let _ = run();
+                    start.elapsed().as_secs_f64()
+                })
+                .fold(f64::MAX, f64::min)
         };
         seconds += best(&|| x.linear(&weight, None::<&Tensor>)) + best(&|| grad.matmul(&weight));
         flops += 4.0 * (tokens * input * output) as f64;
@@ -80,7 +95,9 @@ pub fn json_of(command: &mut Command) -> Result<Value> {
 /// Name of the processor, for records.
 pub fn cpu_name() -> String {
     let info = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    let name = info.lines().find_map(|line| line.strip_prefix("model name")?.split_once(": ").map(|(_, name)| name.to_string()));
+    let name = info
+        .lines()
+        .find_map(|line| line.strip_prefix("model name")?.split_once(": ").map(|(_, name)| name.to_string()));
     name.unwrap_or_else(|| std::env::consts::ARCH.to_string())
 }
 

@@ -57,16 +57,27 @@ fn main() -> Result<()> {
             continue;
         }
         for round in 0..args.rounds {
-            let own = json_of(Command::new(std::env::current_exe()?).args(["--once", "--dtype", dtype, "--steps", &args.steps.to_string()]))?;
+            let own = json_of(Command::new(std::env::current_exe()?).args([
+                "--once",
+                "--dtype",
+                dtype,
+                "--steps",
+                &args.steps.to_string(),
+            ]))?;
             println!("{dtype} round {round} pt  {own}");
             if let Some(python) = &args.peers {
                 let model = peer_model(python, &scripts)?;
                 let mut command = Command::new(python);
                 command.arg(scripts.join("sft_trl.py")).arg("--model").arg(model).arg("--data").arg(&data);
                 let peer = json_of(command.args(["--dtype", torch_dtype, "--steps", &(args.steps + 1).to_string()]))?;
-                let ratio = |field: &str| own[field].as_f64().unwrap_or(f64::NAN) / peer[field].as_f64().unwrap_or(f64::NAN);
+                let ratio =
+                    |field: &str| own[field].as_f64().unwrap_or(f64::NAN) / peer[field].as_f64().unwrap_or(f64::NAN);
                 println!("{dtype} round {round} trl {peer}");
-                println!("{dtype} round {round} speed {:.2}x, memory {:.2}x", ratio("tokens_per_s"), ratio("peak_rss_bytes"));
+                println!(
+                    "{dtype} round {round} speed {:.2}x, memory {:.2}x",
+                    ratio("tokens_per_s"),
+                    ratio("peak_rss_bytes")
+                );
             }
         }
     }

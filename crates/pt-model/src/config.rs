@@ -475,7 +475,12 @@ fn rope(fields: &Fields<'_>) -> Result<(f64, RopeScaling)> {
             original_max_position_embeddings: inner.required_positive(&["original_max_position_embeddings"])?,
         },
         Some(other) => {
-            return Err(ModelError::field(fields.path, format!("{name}.rope_type"), other, "default, linear or llama3"));
+            return Err(ModelError::field(
+                fields.path,
+                format!("{name}.rope_type"),
+                other,
+                "default, linear or llama3",
+            ));
         }
     };
     Ok((theta, scaling))

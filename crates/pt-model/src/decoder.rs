@@ -58,7 +58,7 @@ impl Norm {
 /// The projections of attention: apart (Llama) or in one matrix (GPT-2).
 #[derive(Debug)]
 enum Qkv {
-    Separate([Linear; 3]),
+    Separate(Box<[Linear; 3]>),
     Joint(Box<Linear>),
 }
 
@@ -103,7 +103,8 @@ impl Layer {
         let normed = self.attention_norm.forward(hidden_states, sites)?;
         let heads = |t: Tensor| t.view([t.size()[0], -1, self.head_dim]); // [tokens, heads, head_dim]
         let [mut query, mut key, value] = match &self.qkv {
-            Qkv::Separate([q, k, v]) => {
+            Qkv::Separate(qkv) => {
+                let [q, k, v] = qkv.as_ref();
                 [heads(sites.linear(q, &normed)?), heads(sites.linear(k, &normed)?), heads(sites.linear(v, &normed)?)]
             }
             Qkv::Joint(joint) => {
@@ -348,7 +349,7 @@ impl CausalLm {
         let table = replaced.as_ref().unwrap_or(&self.embedding);
         let mut hidden_states = Tensor::f_embedding(table, input_ids, -1, false, false)?.to_kind(self.kind);
         if let Some(table) = &self.position_embedding {
-            hidden_states = hidden_states + table.f_index_select(0, positions)?;
+            hidden_states += table.f_index_select(0, positions)?;
         }
         hidden_states = sites.embedding(input_ids, hidden_states)?;
         let rotary = self.rope.as_ref().map(|rope| rope.borrow_mut().at(positions)).transpose()?;
@@ -506,11 +507,11 @@ impl Loader<'_> {
         let bias = config.qkv_bias;
         let mut linear =
             |part: &str, input, output, bias| self.linear(&format!("{path}.{part}"), input, output, bias, false);
-        let qkv = Qkv::Separate([
+        let qkv = Qkv::Separate(Box::new([
             linear("self_attn.q_proj", hidden, queries, bias)?,
             linear("self_attn.k_proj", hidden, keys, bias)?,
             linear("self_attn.v_proj", hidden, keys, bias)?,
-        ]);
+        ]));
         let output = linear("self_attn.o_proj", queries, hidden, config.attention_output_bias)?;
         let mlp = Mlp::Gated(
             [

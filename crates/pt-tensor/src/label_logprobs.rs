@@ -70,7 +70,7 @@ pub fn label_logprobs(
     if !(options.temperature > 0.0 && options.temperature.is_finite()) {
         return Err(TensorError::argument("temperature", options.temperature, "a positive number"));
     }
-    if options.soft_cap.is_some_and(|cap| !(cap > 0.0)) {
+    if options.soft_cap.is_some_and(|cap| cap.is_nan() || cap <= 0.0) {
         return Err(TensorError::argument("soft_cap", format!("{:?}", options.soft_cap), "a positive number"));
     }
     if options.token_tile < 1 || options.vocab_tile < 1 {
@@ -222,7 +222,7 @@ impl Tiles {
                         if let Some(slope) = &slope {
                             let here = slope.gather(1, &local, false).where_self(&is_here.unsqueeze(1), &label_slope);
                             label_slope.shallow_clone().copy_(&here);
-                            p = p * slope;
+                            p *= slope;
                         }
                         let contribution = p.to_kind(weight.kind()).matmul(&weight);
                         let _ = expected_weight.g_mul_(&rescale.unsqueeze(1));
@@ -277,10 +277,10 @@ impl Tiles {
                 }
                 if let Some((upstream, entropy)) = entropy {
                     let (upstream, entropy) = (upstream.narrow(0, start, len), entropy.narrow(0, start, len));
-                    grad = grad - p * (log_p + entropy.unsqueeze(1)) * upstream.unsqueeze(1);
+                    grad -= p * (log_p + entropy.unsqueeze(1)) * upstream.unsqueeze(1);
                 }
                 if let Some(slope) = slope {
-                    grad = grad * slope;
+                    grad *= slope;
                 }
                 let grad = (grad / self.options.temperature).to_kind(self.hidden.kind());
                 if let Some(total) = &mut grad_hidden {

@@ -94,7 +94,7 @@ impl SftConfig {
         if !(self.learning_rate > 0.0 && self.learning_rate.is_finite()) {
             faults.push(format!("learning_rate is {}, expected over 0", self.learning_rate));
         }
-        if self.max_grad_norm.is_some_and(|norm| !(norm > 0.0)) {
+        if self.max_grad_norm.is_some_and(|norm| norm.is_nan() || norm <= 0.0) {
             faults.push(format!("max_grad_norm is {:?}, expected over 0 or null", self.max_grad_norm));
         }
         if self.log_every == 0 {
@@ -315,7 +315,7 @@ pub fn train(
             grad_norm: update.grad_norm,
             tokens_per_second: num_tokens as f64 / started.elapsed().as_secs_f64(),
         };
-        if step % config.log_every == 0 || step == total_steps {
+        if step.is_multiple_of(config.log_every) || step == total_steps {
             let values = [
                 ("loss", record.loss),
                 ("mean_token_accuracy", record.accuracy),
@@ -323,7 +323,7 @@ pub fn train(
                 ("grad_norm", record.grad_norm),
                 ("epoch", record.epoch),
                 ("tokens_per_second", record.tokens_per_second),
-                ("peak_memory_bytes", peak_memory_bytes().unwrap_or(0) as f64),
+                (crate::metrics::names::MEMORY, peak_memory_bytes().unwrap_or(0) as f64),
             ];
             metrics.write(step, &values)?;
             events.scalars(step, &values)?;
@@ -332,7 +332,7 @@ pub fn train(
         // 4. Evaluate, save, stop.
         let is_last = step == total_steps;
         let mut is_best = false;
-        if !eval_groups.is_empty() && (is_last || (config.eval_every > 0 && step % config.eval_every == 0)) {
+        if !eval_groups.is_empty() && (is_last || (config.eval_every > 0 && step.is_multiple_of(config.eval_every))) {
             let evaluation = evaluate(trained.model, &trained.sites, eval_groups, eval_tokens)?;
             let values = [("eval_loss", evaluation.loss), ("eval_mean_token_accuracy", evaluation.accuracy)];
             metrics.write(step, &values)?;
@@ -351,7 +351,7 @@ pub fn train(
         if stop.load(Ordering::Relaxed) && !is_last {
             outcome.ending = Ending::Interrupted;
         }
-        let is_due = config.save_every > 0 && step % config.save_every == 0;
+        let is_due = config.save_every > 0 && step.is_multiple_of(config.save_every);
         if is_last || is_due || is_best || outcome.ending != Ending::Done {
             metrics.sync()?;
             let path = run.write_checkpoint(step, |folder| save_checkpoint(folder, trained, &optimization, &state))?;

@@ -110,10 +110,10 @@ pub(crate) fn prompt_ids(row: &Row, encoder: &dyn Encode) -> Result<Vec<i64>> {
 /// The completion as text: without end tokens, and cut before a stop text.
 pub(crate) fn completion_text(row: &Generated, opened: &Opened, config: &GenerateConfig) -> Result<String> {
     let mut ids = row.token_ids.as_slice();
-    if let (FinishReason::Stop, Some((last, rest))) = (row.finish_reason, ids.split_last()) {
-        if config.stop_ids.contains(last) {
-            ids = rest;
-        }
+    if let (FinishReason::Stop, Some((last, rest))) = (row.finish_reason, ids.split_last())
+        && config.stop_ids.contains(last)
+    {
+        ids = rest;
     }
     let mut text = opened.encoder()?.tokenizer.decode(ids, true)?;
     if let Some(end) = config.stop.iter().filter_map(|stop| text.find(stop.as_str())).min() {

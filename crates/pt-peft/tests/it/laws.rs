@@ -111,7 +111,7 @@ fn a_parameter_that_the_model_does_not_ask_for_is_refused() {
 
 #[test]
 fn in_bf16_a_trained_norm_and_factors_get_f32_gradients() {
-    let pretrained = pt_model::Pretrained::open(&crate::fixtures().join("models/llama/model")).unwrap();
+    let pretrained = pt_model::Pretrained::open(crate::fixtures().join("models/llama/model")).unwrap();
     let model = pt_model::CausalLm::load(&pretrained, pt_tensor::Device::Cpu, pt_tensor::Kind::BFloat16).unwrap();
     let config = LoraConfig { modules_to_save: vec!["model.norm".into()], ..rank4() };
     let adapter = Rc::new(LoraAdapter::new(config, &model, 1).unwrap());

@@ -1,4 +1,5 @@
 //! Adapters on the tiny models of `fixtures/`, against what PEFT wrote and computed.
+#![allow(clippy::unwrap_used)]
 
 mod files;
 mod golden;
@@ -15,7 +16,7 @@ pub(crate) fn fixtures() -> PathBuf {
 
 /// A tiny model by its name under `fixtures/models/`.
 pub(crate) fn tiny(name: &str) -> CausalLm {
-    let pretrained = Pretrained::open(&fixtures().join("models").join(name).join("model")).unwrap();
+    let pretrained = Pretrained::open(fixtures().join("models").join(name).join("model")).unwrap();
     CausalLm::load(&pretrained, Device::Cpu, Kind::Float).unwrap()
 }
 

@@ -1,0 +1,8 @@
+//! Fine-tuning against TRL, and the equalities that a run must keep.
+#![allow(clippy::unwrap_used)]
+
+mod common;
+mod equalities;
+mod failures;
+mod golden_sft;
+mod resume;
