@@ -100,6 +100,13 @@ impl SftConfig {
         if self.log_every == 0 {
             faults.push("log_every is 0, expected at least 1".into());
         }
+        if self.batch.batch_size == 0 || self.batch.accumulation == 0 || self.batch.max_tokens == Some(0) {
+            let BatchConfig { batch_size, accumulation, max_tokens, .. } = &self.batch;
+            let sizes = format!("batch_size {batch_size}, accumulation {accumulation}, max_tokens {max_tokens:?}");
+            faults.push(format!("batch has {sizes}, expected each at least 1"));
+        }
+        faults.extend(self.schedule.build(1).err().map(|fault| fault.to_string()));
+        faults.extend(self.lora.as_ref().and_then(|lora| lora.validate().err()).map(|fault| format!("lora: {fault}")));
         if faults.is_empty() {
             return Ok(());
         }
@@ -190,6 +197,8 @@ struct TrainerState {
     step: u64,
     cursor: Cursor,
     best_loss: Option<f64>,
+    #[serde(default)]
+    best_step: Option<u64>,
     evaluations_without_gain: u64,
     /// Fingerprint of the tokenized rows.
     data_fingerprint: String,
@@ -269,6 +278,10 @@ pub fn train(
             });
         }
         batches.seek(state.cursor)?;
+        // A crash may have come between this checkpoint and the note that it is the best.
+        if let (true, Some(value)) = (state.best_step == Some(state.step), state.best_loss) {
+            run.set_best(&Best { step: state.step, metric: "eval_loss".into(), value })?;
+        }
     }
     let mut metrics = MetricsWriter::open(&run.metrics_path(), state.step)?;
     let mut events = EventWriter::create(&run.tensorboard_path(), (state.step > 0).then_some(state.step + 1))?;
@@ -340,7 +353,7 @@ pub fn train(
             is_best = state.best_loss.is_none_or(|best| evaluation.loss < best);
             state.evaluations_without_gain = if is_best { 0 } else { state.evaluations_without_gain + 1 };
             if is_best {
-                state.best_loss = Some(evaluation.loss);
+                (state.best_loss, state.best_step) = (Some(evaluation.loss), Some(step));
             }
             observer.on_evaluation(step, &evaluation, is_best);
             outcome.evaluation = Some(evaluation);
