@@ -1,11 +1,12 @@
 //! Opening models and adapters as the flags say; shared by the commands.
 
 use crate::talk::Usage;
-use anyhow::{Context, Result, bail};
+use anyhow::Result;
 use clap::Args;
-use pt_model::{Bare, CausalLm, Pretrained, Sites};
+use pt_model::{Bare, CausalLm, ModelError, Pretrained, Sites};
 use pt_peft::LoraAdapter;
 use pt_tensor::{Device, Kind, parse_device, parse_kind};
+use pt_train::TrainError;
 use pt_train::encoder::ModelEncoder;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
@@ -37,9 +38,13 @@ pub(crate) struct Opened {
 impl Opened {
     /// Tokenizer, template and stop ids.
     pub(crate) fn encoder(&self) -> Result<ModelEncoder<'_>> {
-        ModelEncoder::new(&self.pretrained)
-            .context("the model carries no tokenizer: put its tokenizer.json beside config.json")
+        ModelEncoder::new(&self.pretrained).ok_or_else(|| no_tokenizer(&self.pretrained).into())
     }
+}
+
+/// The error of a checkpoint without a tokenizer.
+pub(crate) fn no_tokenizer(pretrained: &Pretrained) -> ModelError {
+    ModelError::NotAModel { path: pretrained.path.clone(), reason: "it carries no tokenizer (tokenizer.json)".into() }
 }
 
 impl ModelArgs {
@@ -61,7 +66,7 @@ impl ModelArgs {
             Ok(_) => Ok(pt_fetch::fetch(&self.model)?),
             Err(unknown) if self.model.contains(['/', '\\', '.']) => {
                 let _ = unknown;
-                bail!("cannot read {}: no such file or folder", self.model)
+                Err(ModelError::Read { path, source: std::io::ErrorKind::NotFound.into() }.into())
             }
             Err(unknown) => Err(unknown.into()),
         }
@@ -94,10 +99,11 @@ impl Lines {
     pub(crate) fn new(path: Option<&Path>) -> Result<Self> {
         if let Some(path) = path {
             let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+            let refused = |source| TrainError::Write { path: path.to_path_buf(), source };
             if path.is_dir() {
-                bail!("cannot write {}: it is a folder", path.display());
+                return Err(refused(std::io::ErrorKind::IsADirectory.into()).into());
             }
-            tempfile::tempfile_in(folder).with_context(|| format!("cannot write {}", path.display()))?;
+            tempfile::tempfile_in(folder).map_err(refused)?;
         }
         Ok(Self { path: path.map(Path::to_path_buf), buffer: vec![] })
     }

@@ -51,6 +51,9 @@ fn hint(cause: &(dyn std::error::Error + 'static)) -> Option<String> {
     if let Some(error) = cause.downcast_ref::<TrainError>() {
         return error.hint();
     }
+    if cause.is::<Usage>() {
+        return Some("`pt help COMMAND` shows the options; `pt sft --print-config` the fields and their values".into());
+    }
     if let Some(error) = cause.downcast_ref::<PeftError>() {
         return error.hint();
     }

@@ -2,8 +2,8 @@
 
 use crate::open::{Lines, ModelArgs};
 use crate::talk;
-use anyhow::{Result, bail};
-use pt_model::{PackedBatch, PromptGroup, RunOptions};
+use anyhow::Result;
+use pt_model::{ModelError, PackedBatch, PromptGroup, RunOptions};
 use pt_tensor::{LabelLogprobs, no_grad};
 use pt_train::data::{ReadOptions, RowContent, TrainTurns, read_rows, row_to_group, row_to_pair};
 use serde_json::json;
@@ -41,7 +41,8 @@ pub(crate) fn run(args: Args) -> Result<ExitCode> {
             _ => row_to_group(row, &encoder, TrainTurns::All)?,
         };
         if group.longest_sequence() > context {
-            bail!("{}: row has {} tokens, the model's context is {context}", row.origin, group.longest_sequence());
+            let fault = ModelError::TooLong { length: group.longest_sequence(), context };
+            return Err(anyhow::Error::from(fault).context(row.origin.to_string()));
         }
         groups.push(group);
     }

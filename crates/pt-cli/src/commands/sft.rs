@@ -1,6 +1,6 @@
 //! `pt sft`
 
-use crate::open::ModelArgs;
+use crate::open::{ModelArgs, no_tokenizer};
 use crate::talk;
 use anyhow::{Context, Result, bail};
 use pt_model::{Bare, CausalLm, Pretrained, Sites};
@@ -122,8 +122,7 @@ pub(crate) struct Finished {
 impl Job {
     /// Tokenizes and checks all rows, and shows what will be trained.
     pub(crate) fn check(&self, pretrained: &Pretrained) -> Result<Checked> {
-        let encoder = ModelEncoder::new(pretrained)
-            .context("the model carries no tokenizer: put its tokenizer.json beside config.json")?;
+        let encoder = ModelEncoder::new(pretrained).ok_or_else(|| no_tokenizer(pretrained))?;
         let context = pretrained.config.max_position_embeddings as usize;
         if self.config.data.max_length > context {
             bail!(talk::Usage(format!(
@@ -156,10 +155,6 @@ impl Job {
         checked: Checked,
         samples: Vec<Sample>,
     ) -> Result<Finished> {
-        let run = match self.resume {
-            true => RunDir::open(&self.output)?,
-            false => RunDir::create(&self.output, &to_yaml(&self.config)?)?,
-        };
         let started = Instant::now();
         let eval_groups = checked.eval.as_ref().map_or(vec![], |eval| eval.groups.clone());
         let mut summaries = vec![("training".to_string(), checked.train.summary)];
@@ -178,6 +173,11 @@ impl Job {
                 (adapter.clone(), adapter.parameters(), Some(adapter))
             }
             None => (Rc::new(Bare), model.train_all()?, None),
+        };
+        // After the settings have proved to fit the model, so that a refused run leaves no folder behind.
+        let run = match self.resume {
+            true => RunDir::open(&self.output)?,
+            false => RunDir::create(&self.output, &to_yaml(&self.config)?)?,
         };
         let num_trained: usize = parameters.iter().map(|(_, p)| p.numel()).sum();
         eprintln!(

@@ -1,0 +1,177 @@
+use crate::common::{Workshop, stderr};
+use std::path::PathBuf;
+
+/// The command fails with exit code `code`, each of `says` stands in its error, it has a hint, and it leaves no file.
+fn refused(workshop: &Workshop, args: &[&str], code: i32, says: &[&str]) {
+    let before = workshop.files(".");
+    let output = workshop.run(args);
+    let text = stderr(&output);
+    assert_eq!(output.status.code(), Some(code), "{args:?}: {text}");
+    let error = text.lines().find(|line| line.starts_with("error: ")).unwrap_or_else(|| panic!("no error: {text}"));
+    for part in says {
+        assert!(text.contains(part), "{args:?}: `{part}` is not in {text}");
+    }
+    assert!(text.contains("\n  hint: "), "{args:?} has no hint: {error}");
+    assert!(!text.contains("panicked"), "{text}");
+    assert!(output.stdout.is_empty(), "{}", String::from_utf8_lossy(&output.stdout));
+    assert_eq!(workshop.files("."), before, "{args:?} left something behind");
+}
+
+fn sft_refused(workshop: &Workshop, more: &[&str], code: i32, says: &[&str]) {
+    refused(workshop, &workshop.sft("run", more), code, says);
+}
+
+/// As [`sft_refused`] with other rows, given as text.
+fn rows_refused(text: &str, says: &[&str]) {
+    let workshop = Workshop::new();
+    workshop.write("rows.jsonl", text);
+    sft_refused(&workshop, &[], 1, says);
+}
+
+/// As [`sft_refused`] with another config.json.
+fn config_refused(change: impl Fn(&mut serde_json::Map<String, serde_json::Value>), says: &[&str]) {
+    let workshop = Workshop::new();
+    let path = workshop.path("model/config.json");
+    let mut config: serde_json::Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+    change(config.as_object_mut().unwrap());
+    workshop.write("model/config.json", &config.to_string());
+    sft_refused(&workshop, &[], 1, says);
+}
+
+#[test]
+fn a_missing_model_is_named() {
+    let workshop = Workshop::new();
+    for command in ["generate", "score"] {
+        let args = [command, "--model", "models/nothing", "--data", "rows.jsonl"];
+        refused(&workshop, &args, 1, &["models/nothing"]);
+    }
+    sft_refused(&workshop, &["--adapter", "no/adapter"], 1, &["no/adapter"]);
+    std::fs::remove_dir_all(workshop.path("model")).unwrap();
+    std::fs::create_dir(workshop.path("model")).unwrap();
+    sft_refused(&workshop, &[], 1, &["model", "no config.json"]);
+}
+
+#[test]
+fn a_model_without_a_tokenizer_is_refused() {
+    let workshop = Workshop::new();
+    std::fs::remove_file(workshop.path("model/tokenizer.json")).unwrap();
+    sft_refused(&workshop, &[], 1, &["tokenizer.json"]);
+}
+
+#[test]
+fn a_truncated_safetensors_file_is_named_at_any_length() {
+    let workshop = Workshop::new();
+    let path = workshop.path("model/model.safetensors");
+    let whole = std::fs::read(&path).unwrap();
+    for length in [0, 4, 8, 100, whole.len() / 2, whole.len() - 1] {
+        std::fs::write(&path, &whole[..length]).unwrap();
+        sft_refused(&workshop, &[], 1, &["model.safetensors"]);
+    }
+}
+
+#[test]
+fn a_config_without_a_required_key_is_named() {
+    config_refused(|config| drop(config.remove("hidden_size")), &["config.json", "`hidden_size`"]);
+    config_refused(
+        |config| drop(config.insert("num_attention_heads".into(), "four".into())),
+        &["config.json", "`num_attention_heads`", "four"],
+    );
+}
+
+#[test]
+fn an_unknown_architecture_is_named() {
+    let change = |config: &mut serde_json::Map<String, serde_json::Value>| {
+        config.insert("model_type".into(), "lama".into());
+        config.insert("architectures".into(), serde_json::json!(["LamaForCausalLM"]));
+    };
+    config_refused(change, &["config.json", "ama"]);
+}
+
+#[test]
+fn bad_rows_are_named_by_line() {
+    let good = r#"{"prompt": "t1 t9", "completion": " t10"}"#;
+    rows_refused(&format!("{good}\n{good}\n{{\"prompt\": \"t1\n"), &["rows.jsonl:3", "JSON"]);
+    rows_refused(
+        &format!("{good}\n{{\"prompt\": \"t1\", \"complete\": \" t10\"}}\n"),
+        &["rows.jsonl:2", "`completion`"],
+    );
+    rows_refused(
+        &format!("{good}\n{{\"prompt\": \"t1\", \"completion\": 5}}\n"),
+        &["rows.jsonl:2", "`completion`", "5"],
+    );
+    rows_refused(
+        &format!("{good}\n{{\"prompt\": \"t1\", \"completion\": \"\"}}\n"),
+        &["rows.jsonl:2", "empty completion"],
+    );
+    rows_refused("", &["rows.jsonl", "no rows"]);
+    rows_refused("\n\n", &["rows.jsonl", "no rows"]);
+}
+
+#[test]
+fn a_missing_data_file_is_named() {
+    let workshop = Workshop::new();
+    sft_refused(&workshop, &["--eval-data", "no/such.jsonl"], 1, &["no/such.jsonl"]);
+}
+
+#[test]
+fn unknown_keys_and_bad_values_are_named_with_near_names() {
+    let workshop = Workshop::new();
+    sft_refused(&workshop, &["--set", "learning_rat=1"], 2, &["learning_rat", "did you mean `learning_rate`?"]);
+    sft_refused(&workshop, &["--set", "lora.rnk=4"], 2, &["lora.rnk", "did you mean `lora.rank`?"]);
+    sft_refused(&workshop, &["--set", "learning_rate=-1"], 2, &["learning_rate is -1"]);
+    sft_refused(&workshop, &["--set", "learning_rate=fast"], 2, &["learning_rate=fast"]);
+    sft_refused(&workshop, &["--set", "batch.batch_size=0"], 2, &["batch_size"]);
+    sft_refused(&workshop, &["--set", "schedule.warmup_ratio=2"], 2, &["warmup_ratio is 2"]);
+    sft_refused(&workshop, &["--set", "data.max_length=65"], 2, &["data.max_length is 65", "64"]);
+    let args = ["score", "--model", "model", "--data", "rows.jsonl", "--device", "tpu"];
+    refused(&workshop, &args, 2, &["tpu"]);
+    workshop.write("run.yaml", "learning_rate: 1e-4\nbatchsize: 4\n");
+    sft_refused(&workshop, &["--config", "run.yaml"], 2, &["run.yaml", "batchsize"]);
+}
+
+#[test]
+fn lora_settings_that_cannot_be_are_named() {
+    let workshop = Workshop::new();
+    sft_refused(&workshop, &["--set", "lora.rank=0"], 2, &["rank", "0"]);
+    sft_refused(&workshop, &["--set", "lora.target_modules=[q_proj, v_prj]"], 1, &["`v_prj`", "did you mean `v_proj`"]);
+}
+
+#[test]
+fn an_output_that_cannot_be_written_is_named() {
+    let workshop = Workshop::new();
+    workshop.write("taken", "a file");
+    refused(&workshop, &workshop.sft("taken/run", &[]), 1, &["cannot write", "taken/run"]);
+    refused(&workshop, &workshop.sft("taken", &[]), 1, &["taken", "is a file"]);
+    let score = ["score", "--model", "model", "--data", "rows.jsonl", "--output", "no/such/folder/out.jsonl"];
+    refused(&workshop, &score, 1, &["no/such/folder/out.jsonl"]);
+}
+
+#[test]
+fn a_standing_run_is_neither_overwritten_nor_invented() {
+    let workshop = Workshop::new();
+    refused(&workshop, &workshop.sft("run", &["--resume"]), 1, &["run", "holds no config.yaml"]);
+    let output = workshop.run(&workshop.sft("run", &[]));
+    assert!(output.status.success(), "{}", stderr(&output));
+    let bytes = |path: &PathBuf| std::fs::read(path).unwrap_or_default();
+    let before: Vec<Vec<u8>> = workshop.files("run").iter().map(bytes).collect();
+    refused(&workshop, &workshop.sft("run", &[]), 1, &["already holds a run", "--resume"]);
+    assert_eq!(workshop.files("run").iter().map(bytes).collect::<Vec<_>>(), before);
+    refused(
+        &workshop,
+        &workshop.sft("run", &["--resume", "--set", "lora.rank=4"]),
+        2,
+        &["checkpoint", "the configuration changed"],
+    );
+}
+
+#[test]
+fn a_prompt_with_no_room_for_an_answer_is_refused() {
+    let workshop = Workshop::new();
+    let prompt = vec!["t9"; 64].join(" ");
+    let args = ["generate", "--model", "model", "--prompt", &prompt, "--output", "out.jsonl"];
+    refused(&workshop, &args, 1, &["64", "context"]);
+    let row = serde_json::json!({"prompt": prompt, "completion": " t10"}).to_string();
+    workshop.write("rows.jsonl", &row);
+    refused(&workshop, &["score", "--model", "model", "--data", "rows.jsonl"], 1, &["rows.jsonl:1", "context of 64"]);
+    sft_refused(&workshop, &[], 1, &["1 too long for 64 tokens"]);
+}

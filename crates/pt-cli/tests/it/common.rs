@@ -1,0 +1,96 @@
+use serde_json::json;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+
+/// A folder with a tiny model that has a tokenizer, and data for it.
+pub(crate) struct Workshop {
+    folder: tempfile::TempDir,
+}
+
+impl Workshop {
+    pub(crate) fn new() -> Self {
+        let workshop = Self { folder: tempfile::tempdir().unwrap() };
+        let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../fixtures/models/llama/model");
+        std::fs::create_dir(workshop.path("model")).unwrap();
+        for name in ["config.json", "generation_config.json", "model.safetensors"] {
+            std::fs::copy(source.join(name), workshop.path("model").join(name)).unwrap();
+        }
+        // Words `t0` to `t127`, one token each.
+        let vocabulary: serde_json::Map<_, _> = (0..128).map(|id| (format!("t{id}"), json!(id))).collect();
+        let tokenizer = json!({
+            "version": "1.0",
+            "added_tokens": [],
+            "pre_tokenizer": {"type": "WhitespaceSplit"},
+            "model": {"type": "WordLevel", "vocab": vocabulary, "unk_token": "t0"},
+        });
+        workshop.write("model/tokenizer.json", &tokenizer.to_string());
+        workshop.write("model/tokenizer_config.json", r#"{"bos_token": "t1", "eos_token": "t2"}"#);
+        workshop.write("rows.jsonl", &rows(0..24));
+        workshop.write("held_out.jsonl", &rows(24..28));
+        workshop
+    }
+
+    pub(crate) fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    pub(crate) fn write(&self, name: &str, text: &str) {
+        std::fs::write(self.path(name), text).unwrap();
+    }
+
+    /// `pt` with arguments, started in the folder.
+    pub(crate) fn command(&self, args: &[&str]) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_pt"));
+        command.args(args).current_dir(self.folder.path()).stdin(Stdio::null());
+        // One thread is fastest on tensors this small; the cache of fetched models is an empty one.
+        command.env("OMP_NUM_THREADS", "1").env("XDG_CACHE_HOME", self.path("cache"));
+        command
+    }
+
+    pub(crate) fn run(&self, args: &[&str]) -> Output {
+        self.command(args).output().unwrap()
+    }
+
+    /// Arguments of a short fine-tuning run that saves every step.
+    pub(crate) fn sft<'a>(&self, output: &'a str, more: &[&'a str]) -> Vec<&'a str> {
+        let mut args = vec!["sft", "--model", "model", "--device", "cpu", "--data", "rows.jsonl", "--output", output];
+        let settings = ["max_steps=6", "save_every=1", "batch.batch_size=4", "data.max_length=64", "lora.rank=2"];
+        for setting in settings {
+            args.extend(["--set", setting]);
+        }
+        args.extend(more);
+        args
+    }
+
+    /// All paths below a folder, sorted.
+    pub(crate) fn files(&self, name: &str) -> Vec<PathBuf> {
+        fn walk(folder: &Path, found: &mut Vec<PathBuf>) {
+            let Ok(entries) = std::fs::read_dir(folder) else { return };
+            for entry in entries {
+                let path = entry.unwrap().path();
+                if path.is_dir() {
+                    walk(&path, found);
+                }
+                found.push(path);
+            }
+        }
+        let mut found = vec![];
+        walk(&self.path(name), &mut found);
+        found.sort();
+        found
+    }
+}
+
+fn rows(numbers: std::ops::Range<usize>) -> String {
+    numbers
+        .map(|n| {
+            let (first, second) = (8 + n * 7 % 100, 8 + n * 13 % 100);
+            let completion = format!(" t{} t{}", first + 1, second + 1);
+            json!({"prompt": format!("t1 t{first} t{second}"), "completion": completion}).to_string() + "\n"
+        })
+        .collect()
+}
+
+pub(crate) fn stderr(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stderr).into_owned()
+}
