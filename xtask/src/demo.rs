@@ -20,7 +20,7 @@ pub(crate) fn sft(extra: &[String]) -> Result<()> {
     let mut command: Command = cargo(&libtorch);
     command.args(["run", "--release", "--quiet", "-p", "pt-cli", "--bin", "pt", "--", "demo", "sft"]);
     command.arg("--model").arg(model).arg("--data").arg(data);
-    command.arg("--output").arg(workspace().join("runs/demo-sft")).args(extra);
+    command.arg("--output").arg(free_folder()).args(extra);
     replace_with(&mut command)
 }
 
@@ -36,4 +36,11 @@ fn replace_with(command: &mut Command) -> Result<()> {
 #[cfg(not(unix))]
 fn replace_with(command: &mut Command) -> Result<()> {
     run(command)
+}
+
+/// `runs/demo-sft`, or with a number where runs stand already: a run is never overwritten.
+fn free_folder() -> std::path::PathBuf {
+    let runs = workspace().join("runs");
+    let names = std::iter::once("demo-sft".to_owned()).chain((2..).map(|number| format!("demo-sft-{number}")));
+    names.map(|name| runs.join(name)).find(|path| !path.exists()).unwrap_or_else(|| runs.join("demo-sft"))
 }

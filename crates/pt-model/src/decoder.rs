@@ -278,11 +278,8 @@ impl CausalLm {
         Ok(all)
     }
 
-    /// Every parameter by its Hugging Face name, in the file's layout (a tied output layer is left out).
-    ///
-    /// # Errors
-    /// When a weight cannot be decoded to a dense tensor.
-    pub fn named_parameters(&self) -> Result<Vec<(String, Tensor)>> {
+    /// Embeddings and norms by their Hugging Face names.
+    fn plain_parameters(&self) -> Vec<(String, Tensor)> {
         let mut all = vec![(self.embed_path.to_string(), self.embedding.shallow_clone())];
         if let Some(positions) = &self.position_embedding {
             all.push(("transformer.wpe.weight".into(), positions.shallow_clone()));
@@ -295,10 +292,24 @@ impl CausalLm {
                 all.push((format!("{}.bias", norm.path), bias.shallow_clone()));
             }
         }
-        for linear in self.linear_layers() {
-            if linear.path == "lm_head" && self.config.tie_word_embeddings {
-                continue;
-            }
+        all
+    }
+
+    /// Linear layers with a weight of their own: a tied output layer is left out, one that a merge has untied is not.
+    fn own_linears(&self) -> impl Iterator<Item = &Linear> {
+        let is_embedding =
+            |linear: &Linear| linear.weight.parameter().is_some_and(|w| w.data_ptr() == self.embedding.data_ptr());
+        self.linear_layers().filter(move |linear| linear.path != "lm_head" || !is_embedding(linear))
+    }
+
+    /// Every parameter by its Hugging Face name, in the file's layout. A tied output layer is left out; one that a
+    /// merge has untied is there as `lm_head.weight`.
+    ///
+    /// # Errors
+    /// When a weight cannot be decoded to a dense tensor.
+    pub fn named_parameters(&self) -> Result<Vec<(String, Tensor)>> {
+        let mut all = self.plain_parameters();
+        for linear in self.own_linears() {
             let dense = linear.weight.dense()?;
             all.push((
                 format!("{}.weight", linear.path),
@@ -319,21 +330,24 @@ impl CausalLm {
         self.named_parameters().ok()?.into_iter().find(|(name, _)| name == path).map(|(_, tensor)| tensor)
     }
 
-    /// Makes every weight a trained leaf, for full fine-tuning; returns them by name.
+    /// Makes every weight a trained leaf, for full fine-tuning; returns them by name, linear weights as
+    /// `[out_features, in_features]`.
     ///
     /// # Errors
-    /// [`ModelError::Unsupported`] when a weight is stored quantized.
+    /// [`ModelError::Unsupported`] when a weight is not stored as a plain tensor.
     pub fn train_all(&mut self) -> Result<Vec<(String, Tensor)>> {
-        for (name, tensor) in self.named_parameters()? {
-            let is_dense = tensor.is_leaf() || name.contains("c_");
-            if !is_dense {
-                return Err(ModelError::Unsupported {
-                    what: format!("full fine-tuning of `{name}`, which is not a dense weight"),
-                });
-            }
-            let _ = tensor.set_requires_grad(true);
+        let mut leaves = self.plain_parameters();
+        for linear in self.own_linears() {
+            let weight = linear.weight.parameter().ok_or_else(|| ModelError::Unsupported {
+                what: format!("full fine-tuning of `{}`, which is not a dense weight,", linear.path),
+            })?;
+            leaves.push((format!("{}.weight", linear.path), weight.shallow_clone()));
+            leaves.extend(linear.bias.iter().map(|bias| (format!("{}.bias", linear.path), bias.shallow_clone())));
         }
-        self.named_parameters()
+        for (_, leaf) in &leaves {
+            let _ = leaf.set_requires_grad(true);
+        }
+        Ok(leaves)
     }
 
     /// Final hidden states before the last norm of all tokens of a batch: `[total_tokens, hidden_size]`.

@@ -189,18 +189,17 @@ fn dtype_name(kind: Kind) -> Option<(&'static str, usize)> {
 pub fn write_atomically(path: &Path, write: impl FnOnce(&mut dyn Write) -> std::io::Result<()>) -> Result<()> {
     let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
     let attempt = || -> std::io::Result<()> {
-        let mut file = tempfile::Builder::new().prefix(".partial-").tempfile_in(folder)?;
+        let mut builder = tempfile::Builder::new();
+        builder.prefix(".tmp-");
+        // Temporary files are private by default; this one becomes a result, which is as readable as other files.
+        #[cfg(unix)]
+        builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
+        let mut file = builder.tempfile_in(folder)?;
         let mut buffered = std::io::BufWriter::with_capacity(1 << 20, file.as_file_mut());
         write(&mut buffered)?;
         buffered.flush()?;
         drop(buffered);
         file.as_file().sync_all()?;
-        #[cfg(unix)]
-        {
-            use std::os::unix::fs::PermissionsExt;
-            // Temporary files are private; a result should be readable as other files are.
-            file.as_file().set_permissions(std::fs::Permissions::from_mode(0o644))?;
-        }
         file.persist(path).map_err(|e| e.error)?;
         File::open(folder)?.sync_all()
     };

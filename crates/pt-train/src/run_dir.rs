@@ -5,14 +5,14 @@
 //!   config.yaml             the resolved configuration; its presence makes the folder a run
 //!   metrics.jsonl           one line a record
 //!   tensorboard/            event files
-//!   samples/  report.html
+//!   report.html
 //!   checkpoints/step-00000100/   complete: it got this name by a rename after everything in it was synced
 //!   checkpoints/.step-00000200.tmp-x/   being written, or left by a crash; removed when the run is opened
 //!   checkpoints/best.json   which checkpoint is best, and by what
 //! ```
 
 use std::fs::File;
-use std::io::{self, Write};
+use std::io;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
@@ -25,15 +25,10 @@ use crate::error::{Result, TrainError};
 /// # Errors
 /// [`TrainError::Write`]; the old file stands and the temporary one is gone.
 pub fn write_atomic(path: &Path, bytes: &[u8]) -> Result<()> {
-    let write = || -> io::Result<()> {
-        let folder = parent(path);
-        let mut file = builder(".tmp-", 0o666).tempfile_in(folder)?;
-        file.write_all(bytes)?;
-        file.as_file().sync_all()?;
-        file.persist(path).map_err(|error| error.error)?;
-        sync_dir(folder)
-    };
-    write().map_err(TrainError::write(path))
+    pt_tensor::io::write_atomically(path, |out| out.write_all(bytes)).map_err(|error| match error {
+        pt_tensor::TensorError::Write { path, source } => TrainError::Write { path, source },
+        other => other.into(),
+    })
 }
 
 /// Best checkpoint of a run.
@@ -256,10 +251,6 @@ impl RunDir {
     }
 }
 
-fn parent(path: &Path) -> &Path {
-    path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."))
-}
-
 fn list(folder: &Path) -> io::Result<Vec<String>> {
     std::fs::read_dir(folder)?.map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned())).collect()
 }
@@ -387,8 +378,14 @@ mod tests {
                 .stdout(std::process::Stdio::null())
                 .spawn()
                 .expect("starts");
-            std::thread::sleep(std::time::Duration::from_millis(20 + kill * 37 % 60));
-            assert!(child.try_wait().expect("asks").is_none(), "the child failed by itself");
+            // However long the start takes on this machine, the kill comes while checkpoints are being written.
+            let started = std::time::Instant::now();
+            while run.latest().expect("readable").is_none_or(|(step, _)| step <= last) {
+                assert!(child.try_wait().expect("asks").is_none(), "the child failed by itself");
+                assert!(started.elapsed().as_secs() < 60, "the child never came to save");
+                std::thread::sleep(std::time::Duration::from_millis(1));
+            }
+            std::thread::sleep(std::time::Duration::from_millis(kill * 37 % 60));
             child.kill().expect("kills");
             child.wait().expect("ends");
             // Readable as it stands, before anything is swept up.
@@ -401,7 +398,6 @@ mod tests {
             last = latest;
             RunDir::open(run.root()).expect("opens");
         }
-        assert!(last > 0, "the child never came to save");
     }
 
     #[test]

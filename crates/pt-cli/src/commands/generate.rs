@@ -78,6 +78,7 @@ impl Sampling {
             stop: self.stop.clone(),
             stop_ids: stop_ids.to_vec(),
             seed: self.seed,
+            first_prompt: 0,
             num_samples: self.num_samples,
             with_logprobs,
         }
@@ -147,11 +148,7 @@ pub(crate) fn run(args: Args) -> Result<ExitCode> {
     let (bar, started) = (talk::bar(prompts.len() as u64, "rows"), Instant::now());
     let mut num_tokens = 0;
     for (chunk, batch) in prompts.chunks(args.batch_size.max(1)).enumerate() {
-        // A row's seed depends on its place in the file, not in the batch.
-        let config = GenerateConfig {
-            seed: config.seed.wrapping_add((chunk * args.batch_size.max(1)) as u64 * 0x9e37_79b9),
-            ..config.clone()
-        };
+        let config = GenerateConfig { first_prompt: (chunk * args.batch_size.max(1)) as u64, ..config.clone() };
         let completions = generate(&opened.model, Some(encoder.tokenizer), batch, &config, &opened.sites, |_, _| true)?;
         for samples in completions.chunks(config.num_samples) {
             for row in samples {

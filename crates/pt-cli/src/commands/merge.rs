@@ -34,7 +34,7 @@ pub(crate) fn run(args: Args) -> Result<ExitCode> {
     let parent = args.output.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(std::path::Path::new("."));
     std::fs::create_dir_all(parent).with_context(|| format!("cannot write {}", parent.display()))?;
     let folder = tempfile::Builder::new()
-        .prefix(".partial-")
+        .prefix(".tmp-")
         .tempdir_in(parent)
         .with_context(|| format!("cannot write {}", args.output.display()))?;
     save_model(folder.path(), &pretrained, &model, args.max_shard_mb.max(1) * 1_000_000)?;

@@ -51,7 +51,9 @@ pub(crate) struct Args {
 
 pub(crate) fn run(args: Args) -> Result<ExitCode> {
     let sets = args.set.iter().map(|text| parse_set(text)).collect::<Result<Vec<_>, _>>()?;
-    let config: SftConfig = load_config(args.config.as_deref(), &sets)?;
+    // A resumed run goes on with its own configuration unless another is named.
+    let saved = args.resume.then(|| args.output.join("config.yaml")).filter(|path| path.exists());
+    let config: SftConfig = load_config(args.config.as_deref().or(saved.as_deref()), &sets)?;
     config.validate()?;
     if args.print_config {
         print!("{}", to_yaml(&config)?);
@@ -284,8 +286,10 @@ pub(crate) fn save_model(
     max_shard_bytes: usize,
 ) -> pt_train::Result<()> {
     std::fs::create_dir_all(folder).map_err(|source| pt_tensor::TensorError::Write { path: folder.into(), source })?;
-    pt_tensor::io::save_sharded(folder, &model.named_parameters()?, max_shard_bytes)?;
+    let parameters = model.named_parameters()?;
+    pt_tensor::io::save_sharded(folder, &parameters, max_shard_bytes)?;
     let mut config = pretrained.config.raw.clone();
+    config.insert("tie_word_embeddings".into(), (!parameters.iter().any(|(name, _)| name == "lm_head.weight")).into());
     let kind = match model.kind() {
         Kind::BFloat16 => "bfloat16",
         Kind::Half => "float16",

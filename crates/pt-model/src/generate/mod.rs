@@ -33,8 +33,11 @@ pub struct GenerateConfig {
     pub stop: Vec<String>,
     /// A completion ends with the first of these tokens (the model's own end tokens are added by the caller).
     pub stop_ids: Vec<i64>,
-    /// Sample s of prompt p draws from a generator seeded by (seed, p, s), whatever else is in the batch.
+    /// Sample s of prompt p draws from a generator seeded by (seed, first_prompt + p, s), whatever else is in the batch.
     pub seed: u64,
+    /// Number of the first prompt: who splits a file into batches passes the rows before, and every row draws the
+    /// same at every batch size.
+    pub first_prompt: u64,
     /// Completions per prompt; the prompt is computed once.
     pub num_samples: usize,
     /// Return the log-prob of each token under softmax(logits / temperature), before top-k, top-p and min-p (at
@@ -54,6 +57,7 @@ impl Default for GenerateConfig {
             stop: vec![],
             stop_ids: vec![],
             seed: 0,
+            first_prompt: 0,
             num_samples: 1,
             with_logprobs: false,
         }
@@ -173,7 +177,7 @@ pub fn generate(
                     prompt: prompt.clone(),
                     token_ids: vec![],
                     logprobs: vec![],
-                    sampler: Sampler::new(config, p as u64, s as u64),
+                    sampler: Sampler::new(config, config.first_prompt + p as u64, s as u64),
                     finish_reason: None,
                 });
             }

@@ -129,6 +129,8 @@ fn samples_of_a_prompt_do_not_depend_on_the_batch() {
     let alone = generate(&model, None, &[vec![5, 9]], &config, &bare(), |_, _| true).unwrap();
     let batched = generate(&model, None, &[vec![5, 9], vec![3, 4, 5, 6]], &config, &bare(), |_, _| true).unwrap();
     assert_eq!(alone, batched[..3]);
+    let second = GenerateConfig { first_prompt: 1, ..config.clone() };
+    assert_eq!(generate(&model, None, &[vec![3, 4, 5, 6]], &second, &bare(), |_, _| true).unwrap(), batched[3..]);
     assert_ne!(alone[0], alone[1]);
 }
 
