@@ -33,5 +33,5 @@ pub use error::{Result, TensorError};
 pub use fused::{apply_rotary, rms_norm, swiglu};
 pub use label_logprobs::{LabelLogprobs, LabelOutput, label_logprobs};
 pub use optim::{AdamW, AdamWConfig, clip_grad_norm_, global_grad_norm};
-pub use tch::{self, Device, IndexOp, Kind, TchError, Tensor, no_grad};
+pub use tch::{Device, IndexOp, Kind, TchError, Tensor, no_grad, set_num_threads};
 pub use weight::{DenseWeight, Weight};

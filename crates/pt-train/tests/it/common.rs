@@ -20,7 +20,7 @@ pub(crate) fn fixtures(area: &str) -> PathBuf {
 pub(crate) fn take_turns() -> MutexGuard<'static, ()> {
     static LOCK: Mutex<()> = Mutex::new(());
     // Tensors this small are computed faster, and in one order, by one thread.
-    pt_tensor::tch::set_num_threads(1);
+    pt_tensor::set_num_threads(1);
     LOCK.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
