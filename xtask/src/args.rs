@@ -47,8 +47,8 @@ const TASKS: [(&str, &str, &str, &str); 8] = [
         "golden",
         "[AREA] [--regenerate]",
         "compare with the reference implementations' numbers",
-        "Runs the tests whose names contain `golden` (and AREA). With --regenerate, makes the pinned Python\n\
-         environment and writes the fixtures anew with fixtures/generate/<AREA>.py.",
+        "Runs the tests whose names contain `golden_AREA`, or those of all areas. With --regenerate, makes the pinned\n\
+         Python environment and writes the fixtures anew with fixtures/generate/<AREA>.py. Those are the areas.",
     ),
     (
         "bench",

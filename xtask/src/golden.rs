@@ -1,6 +1,5 @@
 //! `cargo xtask golden`: our numbers against those of the reference implementations, and writing the latter anew.
 
-use std::ffi::OsString;
 use std::fs;
 use std::path::Path;
 use std::process::{Command, Stdio};
@@ -12,54 +11,53 @@ use crate::test::run_counted;
 use crate::{fetch, setup};
 
 const SMOLLM2: &str = "smollm2-135m-instruct";
-const QWEN: &str = "qwen2.5-coder-1.5b-instruct";
 
 /// Runs the golden tests, or with `regenerate` the generators; `area` chooses one.
 pub(crate) fn golden(area: Option<&str>, regenerate: bool) -> Result<()> {
+    let generators = workspace().join("fixtures/generate");
+    let chosen = choose(&areas(&generators)?, area)?;
     if regenerate {
-        return write_fixtures(area);
+        return write_fixtures(&generators, &chosen);
     }
     let libtorch = setup::setup()?;
     let model = fetch::one(SMOLLM2)?;
     let mut command = cargo(&libtorch);
     command.args(["test", "--workspace", "--no-fail-fast", "--lib", "--bins", "--tests", "--"]);
     // The harness runs the tests whose names contain any of the filters.
-    match area {
-        None => command.arg("golden"),
-        Some(area) => command.args([format!("golden_{area}"), format!("golden::{area}")]),
-    };
-    run_counted(command.env("PT_TEST_MODEL", model))
+    command.args(chosen.iter().map(|name| filter(name)));
+    let num_passed = run_counted(command.env("PT_TEST_MODEL", model))?;
+    if num_passed == 0 {
+        bail!("no test ran: none has {} in its name", filter(&chosen.join(" or golden_")));
+    }
+    Ok(())
 }
 
-fn write_fixtures(area: Option<&str>) -> Result<()> {
-    let folder = workspace().join("fixtures/generate");
-    let chosen = choose(&areas(&folder)?, area)?;
-    let python = pinned_python("venv-golden", &folder.join("requirements.txt"))?;
+/// What the names of an area's tests contain; a test below sees to it that each area has some.
+fn filter(area: &str) -> String {
+    format!("golden_{area}")
+}
+
+fn write_fixtures(generators: &Path, chosen: &[String]) -> Result<()> {
+    let python = pinned_python("venv-golden", &generators.join("requirements.txt"))?;
     for name in chosen {
-        for arguments in arguments_of(&name)? {
-            let mut command = Command::new(&python);
-            command.arg(folder.join(format!("{name}.py"))).args(arguments);
-            run(command.current_dir(workspace()).stdin(Stdio::null()))?;
+        let mut command = Command::new(&python);
+        command.arg(generators.join(format!("{name}.py")));
+        if READ_SMOLLM2.contains(&name.as_str()) {
+            command.arg("--gguf").arg(fetch::one(SMOLLM2)?);
         }
+        run(command.current_dir(workspace()).stdin(Stdio::null()))?;
     }
     eprintln!("fixtures are written; `cargo xtask golden` compares with them");
     Ok(())
 }
 
-/// One entry per run of the generator: those that read a real model are told where it is.
-fn arguments_of(area: &str) -> Result<Vec<Vec<OsString>>> {
-    let model = |name: &str| fetch::one(name).map(OsString::from);
-    Ok(match area {
-        "smollm2" => vec![vec!["--gguf".into(), model(SMOLLM2)?]],
-        "tokenizer" => vec![vec![SMOLLM2.into(), model(SMOLLM2)?], vec![QWEN.into(), model(QWEN)?]],
-        _ => vec![Vec::new()],
-    })
-}
+/// Generators that read the real model, and are told where it is.
+const READ_SMOLLM2: [&str; 2] = ["smollm2", "tokenizer"];
 
 /// Modules that generators share.
-const HELPERS: [&str; 2] = ["common", "make_hf"];
+const HELPERS: [&str; 1] = ["common"];
 
-/// The generators: every Python file of the folder but the helpers.
+/// The generators: every Python file of the folder but the helpers, `models` first, whose files others read.
 fn areas(folder: &Path) -> Result<Vec<String>> {
     let entries = fs::read_dir(folder).with_context(|| format!("cannot read {}", folder.display()))?;
     let mut areas: Vec<String> = entries
@@ -67,7 +65,7 @@ fn areas(folder: &Path) -> Result<Vec<String>> {
         .filter_map(|entry| entry.file_name().to_str()?.strip_suffix(".py").map(str::to_owned))
         .filter(|name| !HELPERS.contains(&name.as_str()))
         .collect();
-    areas.sort();
+    areas.sort_by_key(|name| (name != "models", name.clone()));
     Ok(areas)
 }
 
@@ -75,7 +73,7 @@ fn choose(areas: &[String], area: Option<&str>) -> Result<Vec<String>> {
     match area {
         None => Ok(areas.to_vec()),
         Some(area) if areas.iter().any(|name| name == area) => Ok(vec![area.to_owned()]),
-        Some(area) => bail!("there is no generator for `{area}`; there are: {}", areas.join(", ")),
+        Some(area) => bail!("there is no area `{area}`; there are: {}", areas.join(", ")),
     }
 }
 
@@ -86,12 +84,46 @@ mod tests {
     #[test]
     fn areas_are_the_generators_without_their_helpers() {
         let folder = tempfile::tempdir().unwrap();
-        for name in ["models.py", "lora.py", "make_hf.py", "common.py", "requirements.txt"] {
+        for name in ["models.py", "lora.py", "common.py", "requirements.txt"] {
             fs::write(folder.path().join(name), "").unwrap();
         }
         let found = areas(folder.path()).unwrap();
-        assert_eq!(found, ["lora", "models"]);
+        assert_eq!(found, ["models", "lora"]);
         assert_eq!(choose(&found, Some("lora")).unwrap(), ["lora"]);
-        assert!(choose(&found, Some("lara")).unwrap_err().to_string().contains("lora, models"));
+        assert!(choose(&found, Some("lara")).unwrap_err().to_string().contains("models, lora"));
+    }
+
+    /// The sources under a folder, end to end.
+    fn sources(folder: &Path) -> String {
+        let mut text = String::new();
+        for entry in fs::read_dir(folder).unwrap().flatten() {
+            let path = entry.path();
+            if path.is_dir() {
+                text += &sources(&path);
+            } else if path.extension().is_some_and(|extension| extension == "rs") {
+                text += &fs::read_to_string(&path).unwrap();
+            }
+        }
+        text
+    }
+
+    #[test]
+    fn every_area_has_tests_that_its_filter_finds() {
+        let areas = areas(&workspace().join("fixtures/generate")).unwrap();
+        assert!(areas.len() > 5, "{areas:?}");
+        let text = sources(&workspace().join("crates"));
+        for area in areas {
+            let filter = filter(&area);
+            let is_found = text.contains(&format!("fn {filter}_")) || text.contains(&format!("mod {filter};"));
+            assert!(is_found, "no test is named {filter}_..");
+        }
+    }
+
+    #[test]
+    fn the_generators_that_read_the_real_model_take_its_path() {
+        for name in READ_SMOLLM2 {
+            let path = workspace().join("fixtures/generate").join(format!("{name}.py"));
+            assert!(fs::read_to_string(&path).unwrap().contains("\"--gguf\""), "{}", path.display());
+        }
     }
 }

@@ -48,11 +48,12 @@ pub(crate) fn setup() -> Result<Libtorch> {
         eprintln!("setup: fetching libtorch {VERSION} ({})", entry.licence);
         eprintln!("setup: up to half a gigabyte to download, into {}", folder.display());
         pt_fetch::fetch_entry(entry, &mut |line| eprintln!("setup: {line}"))?;
-        check_loads(&folder)?;
     }
     if fs::read_link(&link).is_ok_and(|target| target == folder) {
         eprintln!("setup: libtorch {VERSION} is in place: .libtorch -> {}", folder.display());
     } else {
+        // Before the link, not only after a download: a library that did not load once is in the cache all the same.
+        check_loads(&folder)?;
         replace_link(&link, &folder)?;
         eprintln!("setup: linked .libtorch -> {}; plain `cargo build` works now", folder.display());
     }
@@ -202,7 +203,7 @@ fn check_loads(prefix: &Path) -> Result<()> {
         .output()
         .context("cannot run Python")?;
     if !output.status.success() {
-        bail!("libtorch was fetched but does not load on this machine: {}", last_line(&output.stderr));
+        bail!("{}: libtorch does not load on this machine: {}", library.display(), last_line(&output.stderr));
     }
     Ok(())
 }

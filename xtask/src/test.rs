@@ -17,7 +17,7 @@ pub(crate) fn test(extra: &[String]) -> Result<()> {
     let model = fetch::one(MODEL)?;
     let mut command = cargo(&libtorch);
     command.arg("test").args(selection(extra)).args(extra).env("PT_TEST_MODEL", model);
-    run_counted(&mut command)
+    run_counted(&mut command).map(drop)
 }
 
 /// What goes before the user's arguments: the whole workspace unless packages are named, and every binary
@@ -31,8 +31,9 @@ pub(crate) fn selection(extra: &[String]) -> Vec<&'static str> {
     if names_packages { vec!["--no-fail-fast"] } else { vec!["--workspace", "--no-fail-fast"] }
 }
 
-/// Runs `cargo test`, passing its output on, and ends with the failures by name and `N passed, N failed`.
-pub(crate) fn run_counted(command: &mut Command) -> Result<()> {
+/// Runs `cargo test`, passing its output on, and ends with the failures by name and `N passed, N failed`; returns
+/// how many passed.
+pub(crate) fn run_counted(command: &mut Command) -> Result<u64> {
     let line = describe(command);
     eprintln!("$ {line}");
     let mut child = command.stdout(Stdio::piped()).spawn().with_context(|| format!("cannot run `{line}`"))?;
@@ -63,7 +64,7 @@ pub(crate) fn run_counted(command: &mut Command) -> Result<()> {
     if !status.success() {
         bail!("{} of {} tests failed", tally.failed, tally.failed + tally.passed);
     }
-    Ok(())
+    Ok(tally.passed)
 }
 
 /// The sum over the result lines of all test binaries.

@@ -4,7 +4,7 @@ use pt_tensor::io::SafetensorsReader;
 use pt_tensor::{Device, Kind, no_grad};
 
 #[test]
-fn golden_logits_of_a_ragged_batch_equal_those_of_transformers() {
+fn golden_models_logits_of_a_ragged_batch_equal_those_of_transformers() {
     let mut cases = 0;
     for entry in std::fs::read_dir(fixtures().join("models")).unwrap() {
         let folder = entry.unwrap().path();

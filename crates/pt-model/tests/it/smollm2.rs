@@ -17,7 +17,7 @@ fn real_model() -> Pretrained {
 }
 
 #[test]
-fn golden_greedy_tokens_and_logprobs_equal_those_of_transformers() {
+fn golden_smollm2_greedy_tokens_and_logprobs_equal_those_of_transformers() {
     let text = std::fs::read(fixtures().join("smollm2/answers/expected.json")).unwrap();
     let expected: Value = serde_json::from_slice(&text).unwrap();
     let pretrained = real_model();

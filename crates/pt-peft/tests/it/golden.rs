@@ -59,7 +59,7 @@ fn check(case: &Path) {
 }
 
 #[test]
-fn adapters_of_peft_give_its_logits_and_merged_weights() {
+fn golden_lora_adapters_of_peft_give_its_logits_and_merged_weights() {
     let mut cases: Vec<_> =
         std::fs::read_dir(fixtures().join("lora")).unwrap().map(|entry| entry.unwrap().path()).collect();
     cases.sort();
