@@ -274,6 +274,9 @@ impl TrainError {
             Self::Field { .. } => "mend that row, or delete it".into(),
             Self::EmptyData { .. } => "is it the right file? each row is a JSON object".into(),
             Self::UnknownFormat { .. } => "convert the file to one JSON object per line".into(),
+            Self::WrongForm { found: "prompt-only", .. } => {
+                "add what should follow the prompt as `completion`; `pt generate` takes prompts alone".into()
+            }
             Self::WrongForm { .. } => {
                 "train on preferences with `pt dpo`; or map a column, e.g. --set data.columns.completion=chosen".into()
             }

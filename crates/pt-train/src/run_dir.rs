@@ -69,7 +69,7 @@ impl RunDir {
         }
         let run = Self { root: root.to_path_buf() };
         std::fs::create_dir_all(run.checkpoints()).map_err(TrainError::write(root))?;
-        write_atomic(&run.config_path(), config_yaml.as_bytes())?;
+        run.save_config(config_yaml)?;
         Ok(run)
     }
 
@@ -97,6 +97,15 @@ impl RunDir {
             }
         }
         Ok(run)
+    }
+
+    /// Replaces the saved configuration, in one step: a run that is resumed with other settings is described by
+    /// those from then on.
+    ///
+    /// # Errors
+    /// [`TrainError::Write`]; the old configuration stands then.
+    pub fn save_config(&self, config_yaml: &str) -> Result<()> {
+        write_atomic(&self.config_path(), config_yaml.as_bytes())
     }
 
     /// The folder itself.
@@ -310,6 +319,15 @@ mod tests {
         assert!(RunDir::create(&run.config_path(), "").is_err());
         assert!(matches!(RunDir::open(&run.checkpoints()), Err(TrainError::NotARun { .. })));
         RunDir::open(run.root()).expect("opens");
+    }
+
+    #[test]
+    fn a_resumed_run_keeps_its_new_settings() {
+        let (_folder, run) = run();
+        let again = RunDir::open(run.root()).expect("opens");
+        again.save_config("seed: 2\n").expect("writes");
+        assert_eq!(std::fs::read_to_string(run.config_path()).expect("reads"), "seed: 2\n");
+        assert!(list(run.root()).expect("reads").iter().all(|name| !name.starts_with(".tmp-")));
     }
 
     #[test]

@@ -8,6 +8,7 @@
 //! | preference | `chosen`, `rejected`, optional `prompt` | [`RowContent::Preference`] |
 //! | Alpaca | `instruction`, `output`, optional `input`, `system` | [`RowContent::Completion`], as chat |
 //! | plain text | `text` | [`RowContent::Text`] |
+//! | prompt alone | `prompt`: a text or a message list | [`RowContent::Prompt`], with [`ReadOptions::prompt_only`] |
 //!
 //! Other names are mapped by [`ReadOptions::columns`]. Fields beyond these are ignored.
 
@@ -60,6 +61,13 @@ pub enum RowContent {
         /// The worse one.
         rejected: Text,
     },
+    /// A prompt that something is to be generated for; it trains nothing.
+    Prompt {
+        /// The context.
+        prompt: Text,
+        /// Tool descriptions for the template.
+        tools: Option<Value>,
+    },
 }
 
 impl RowContent {
@@ -70,6 +78,7 @@ impl RowContent {
             Self::Completion { .. } => "prompt/completion",
             Self::Text(_) => "text",
             Self::Preference { .. } => "preference",
+            Self::Prompt { .. } => "prompt-only",
         }
     }
 }
@@ -93,6 +102,8 @@ pub struct ReadOptions {
     pub columns: BTreeMap<String, String>,
     /// Read at most this many rows of each source.
     pub max_rows: Option<usize>,
+    /// Take rows that hold a `prompt` and nothing to follow it: generation asks for no more.
+    pub prompt_only: bool,
 }
 
 /// Reads several sources one after the other; each row keeps the name of its source.
@@ -250,13 +261,15 @@ fn parse_row(value: Value, origin: &Origin, options: &ReadOptions) -> Result<Row
     if has("text") {
         return Ok(RowContent::Text(string_field(&fields, "text", origin)?));
     }
+    if options.prompt_only && has("prompt") {
+        return Ok(RowContent::Prompt { prompt: text_field(&fields, "prompt", origin)?, tools });
+    }
+    let forms = "`messages`; `prompt`, `completion`; `prompt`, `chosen`, `rejected`; `instruction`, `output`; or `text`";
     Err(TrainError::MissingField {
         origin: origin.clone(),
         suggestion: suggest_form(&fields),
         found: names(&fields),
-        expected:
-            "`messages`; `prompt`, `completion`; `prompt`, `chosen`, `rejected`; `instruction`, `output`; or `text`"
-                .into(),
+        expected: if options.prompt_only { format!("`prompt`; {forms}") } else { forms.into() },
     })
 }
 
@@ -465,6 +478,32 @@ mod tests {
     }
 
     #[test]
+    fn a_prompt_alone_is_read_where_that_is_asked_for() {
+        let folder = tempfile::tempdir().expect("temporary folder");
+        let path = folder.path().join("prompts.jsonl");
+        let text = concat!(
+            r#"{"prompt":"Hi"}"#,
+            "\n",
+            r#"{"prompt":[{"role":"user","content":"Hi"}],"tools":[]}"#,
+            "\n",
+            r#"{"messages":[{"role":"user","content":"Hi"}]}"#,
+            "\n",
+            r#"{"prompt":"Hi","completion":"there"}"#,
+        );
+        std::fs::write(&path, text).expect("write");
+        let options = ReadOptions { prompt_only: true, ..ReadOptions::default() };
+        let rows = read_source(&path, "prompts", &options).expect("all parse");
+        let forms: Vec<_> = rows.iter().map(|row| row.content.form()).collect();
+        assert_eq!(forms, ["prompt-only", "prompt-only", "chat", "prompt/completion"]);
+        assert_eq!(rows[0].content, RowContent::Prompt { prompt: Text::Plain("Hi".into()), tools: None });
+        let error = read_source(&path, "prompts", &ReadOptions::default()).expect_err("nothing to train");
+        assert!(matches!(error, TrainError::MissingField { .. }), "{error}");
+        std::fs::write(&path, r#"{"promt":"Hi"}"#).expect("write");
+        let error = read_source(&path, "prompts", &options).expect_err("a typo");
+        assert!(error.to_string().contains("expected `prompt`; `messages`"), "{error}");
+    }
+
+    #[test]
     fn a_bad_line_is_named() {
         let error = read("rows.jsonl", "{\"text\":\"a\"}\n{\"text\": oops}\n").expect_err("line 2 is bad");
         let text = error.to_string();
@@ -489,7 +528,7 @@ mod tests {
         let path = folder.path().join("gsm.json");
         std::fs::write(&path, r#"[{"question":"q","answer":"a"}]"#).expect("write");
         let columns = [("prompt", "question"), ("completion", "answer")].map(|(a, b)| (a.to_owned(), b.to_owned()));
-        let options = ReadOptions { columns: columns.into(), max_rows: None };
+        let options = ReadOptions { columns: columns.into(), ..ReadOptions::default() };
         let rows = read_rows(&[path.clone(), path], &options).expect("reads");
         assert_eq!(rows.iter().map(|row| row.source.as_str()).collect::<Vec<_>>(), ["gsm", "gsm-2"]);
         assert!(rows[0].origin.to_string().ends_with("gsm.json[0]"));

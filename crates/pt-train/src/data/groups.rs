@@ -101,7 +101,7 @@ impl Default for DataConfig {
 impl DataConfig {
     /// The part that reading files needs.
     pub fn read_options(&self) -> ReadOptions {
-        ReadOptions { columns: self.columns.clone(), max_rows: self.max_rows }
+        ReadOptions { columns: self.columns.clone(), max_rows: self.max_rows, prompt_only: false }
     }
 }
 
@@ -113,7 +113,7 @@ impl DataConfig {
 ///
 /// # Errors
 /// [`TrainError::Encode`] when the tokenizer or the template refuses, [`TrainError::NotPrefixPreserving`],
-/// [`TrainError::WrongForm`] for a preference row.
+/// [`TrainError::WrongForm`] for a row of preferences or of a prompt alone.
 pub fn row_to_group(row: &Row, encoder: &dyn Encode, train_turns: TrainTurns) -> Result<PromptGroup> {
     let row_encoder = RowEncoder { encoder, origin: &row.origin };
     match &row.content {
@@ -128,7 +128,7 @@ pub fn row_to_group(row: &Row, encoder: &dyn Encode, train_turns: TrainTurns) ->
             let end = token_ids.len();
             Ok(labelled(token_ids, &[(0, end)]))
         }
-        RowContent::Preference { .. } => Err(TrainError::WrongForm {
+        RowContent::Preference { .. } | RowContent::Prompt { .. } => Err(TrainError::WrongForm {
             origin: row.origin.clone(),
             found: row.content.form(),
             task: "supervised training",
