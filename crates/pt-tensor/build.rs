@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::process::Command;
 
 fn main() {
-    for file in ["csrc/shim.cpp", "csrc/fused.cpp"] {
+    for file in ["csrc/shim.cpp", "csrc/fused.cpp", "csrc/attention.cpp", "csrc/scalar.h"] {
         println!("cargo:rerun-if-changed={file}");
     }
     println!("cargo:rerun-if-env-changed=LIBTORCH");
@@ -24,12 +24,10 @@ fn main() {
         .include(prefix.join("include"))
         .include(prefix.join("include/torch/csrc/api/include"))
         .flag_if_supported("-fno-math-errno")
-        // Row sums may be taken in any order: that is what lets them vectorize.
-        .flag_if_supported("-fassociative-math")
-        .flag_if_supported("-fno-signed-zeros")
-        .flag_if_supported("-fno-trapping-math")
+        // The sums marked `omp simd` vectorize with or without OpenMP's threads.
+        .flag_if_supported("-fopenmp-simd")
         .warnings(false)
-        .files(["csrc/shim.cpp", "csrc/fused.cpp"]);
+        .files(["csrc/shim.cpp", "csrc/fused.cpp", "csrc/attention.cpp"]);
     if env::var("CARGO_CFG_TARGET_OS").as_deref() == Ok("linux") {
         // libtorch's thread pool is OpenMP there; its own libgomp is the one that gets loaded.
         build.flag("-fopenmp");

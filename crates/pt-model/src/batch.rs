@@ -5,8 +5,7 @@
 //! is no padding, and a prompt shared by several completions is computed once.
 
 use crate::{ModelError, Result};
-use pt_tensor::{Device, Tensor};
-use std::ops::Range;
+use pt_tensor::{AttentionPlan, Device, Segment, Tensor};
 use std::sync::Arc;
 
 /// One completion of a prompt.
@@ -56,22 +55,6 @@ impl PromptGroup {
     pub fn longest_sequence(&self) -> usize {
         self.prompt.len() + self.completions.iter().map(|c| c.token_ids.len()).max().unwrap_or(0)
     }
-}
-
-/// A run of tokens whose queries attend to `prefix` wholly and to themselves causally.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Segment {
-    /// Keys before the segment that all its queries see; empty where there are none.
-    pub prefix: Range<i64>,
-    /// The segment's own tokens.
-    pub tokens: Range<i64>,
-}
-
-/// Who attends to whom in a packed batch.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
-pub struct AttentionPlan {
-    /// The segments, in token order; together they cover every token once.
-    pub segments: Vec<Segment>,
 }
 
 /// Packed prompt groups.

@@ -3,14 +3,15 @@
 //! A layer does not know where its keys come from: it hands queries, keys and values to an [`Attend`], which is
 //! either the plan of a packed batch or a key/value cache.
 
-use crate::attention::packed_attention;
-use crate::batch::{AttentionPlan, PackedBatch};
+use crate::batch::PackedBatch;
 use crate::config::{Activation, Architecture, ModelConfig};
 use crate::load::{Pretrained, TensorSource};
 use crate::rope::Rope;
 use crate::sites::{Branch, Linear, Sites};
 use crate::{ModelError, Result};
-use pt_tensor::{DenseWeight, Device, Kind, LabelLogprobs, LabelOutput, Tensor, TensorError, Weight};
+use pt_tensor::{
+    AttentionPlan, DenseWeight, Device, Kind, LabelLogprobs, LabelOutput, Tensor, TensorError, Weight, packed_attention,
+};
 use std::cell::RefCell;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -30,7 +31,7 @@ struct Packed {
 
 impl Attend for Packed {
     fn attend(&self, _layer: usize, query: &Tensor, key: &Tensor, value: &Tensor) -> Result<Tensor> {
-        packed_attention(query, key, value, &self.plan, self.scale, self.window)
+        Ok(packed_attention(query, key, value, &self.plan, self.scale, self.window)?)
     }
 }
 

@@ -20,14 +20,13 @@
 //!
 //! | module | holds |
 //! | --- | --- |
-//! | `batch`, `attention` | prompt groups on one token axis and who attends to whom |
+//! | `batch` | prompt groups on one token axis and who attends to whom |
 //! | `config`, `decoder`, `rope`, `sites` | the model and the places where methods attach |
 //! | `load`, `gguf` | checkpoints: Hugging Face folders and GGUF files |
 //! | `tokenizer`, `chat_template` | text to tokens and back |
 //! | `generate` | sampling with a key/value cache |
 #![forbid(unsafe_code)]
 
-mod attention;
 pub mod batch;
 mod chat_template;
 mod config;
@@ -40,13 +39,13 @@ mod rope;
 mod sites;
 mod tokenizer;
 
-pub use attention::packed_attention;
-pub use batch::{AttentionPlan, Completion, PackedBatch, PromptGroup, Segment};
+pub use batch::{Completion, PackedBatch, PromptGroup};
 pub use chat_template::{ChatTemplate, Message};
 pub use config::{Activation, Architecture, ModelConfig, RopeScaling};
 pub use decoder::{CausalLm, RunOptions};
 pub use error::{ModelError, Result};
 pub use generate::{FinishReason, GenerateConfig, Generated, generate};
 pub use load::{Pretrained, TensorSource};
+pub use pt_tensor::{AttentionPlan, Segment};
 pub use sites::{Bare, Branch, Linear, Sites};
 pub use tokenizer::Tokenizer;

@@ -2,72 +2,20 @@
 // f32 and bf16, arithmetic in f32 with one rounding at the end. The callers in fused.rs check shapes, kinds and
 // contiguity, so the loops here are plain.
 //
-// Rows are shared out by libtorch's own thread pool. GCC compiles each row loop for AVX-512, AVX2 and the
-// baseline and picks one at load time, so the library runs on any x86-64.
+// Rows are shared out by libtorch's own thread pool.
+
+#include "scalar.h"
 
 #include <ATen/Parallel.h>
 
-#include <cmath>
-#include <cstdint>
-#include <cstring>
-
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && defined(__linux__)
-#define EACH_CPU __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define EACH_CPU
-#endif
-
 namespace {
-
-struct Bf16 {
-  uint16_t bits;
-};
-
-inline float load(float value) { return value; }
-inline float load(Bf16 value) {
-  uint32_t bits = uint32_t(value.bits) << 16;
-  float out;
-  memcpy(&out, &bits, 4);
-  return out;
-}
-inline void store(float* out, float value) { *out = value; }
-inline void store(Bf16* out, float value) {
-  uint32_t bits;
-  memcpy(&bits, &value, 4);
-  // Round to nearest even; a NaN keeps a set mantissa bit.
-  uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  out->bits = uint16_t((bits & 0x7fffffff) > 0x7f800000 ? (bits >> 16) | 0x40 : rounded);
-}
-
-// e^x to about 2 ulp without a library call, so that loops vectorize. Range reduction by ln 2 in two parts.
-inline float exp_fast(float x) {
-  x = x < -87.0f ? -87.0f : x;
-  x = x > 88.0f ? 88.0f : x;
-  // Adding 1.5 * 2^23 rounds to an integer in the low mantissa bits.
-  const float shifter = 12582912.0f;
-  float shifted = x * 1.44269504f + shifter;
-  float n = shifted - shifter;
-  float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-  float p = 1.9875691500e-4f;
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.0f;
-  uint32_t bits;
-  memcpy(&bits, &shifted, 4);
-  uint32_t scale_bits = (bits + 127u) << 23;
-  float scale;
-  memcpy(&scale, &scale_bits, 4);
-  return p * scale;
-}
 
 // One row, templates first; EACH_CPU functions below instantiate them, because clones cannot be templates.
 
 template <typename T>
 inline void rms_row(const T* x, const T* w, T* y, float* rstd, int64_t n, float eps) {
   float sum = 0;
+#pragma omp simd reduction(+ : sum)
   for (int64_t i = 0; i < n; ++i) {
     float v = load(x[i]);
     sum += v * v;
@@ -80,6 +28,7 @@ inline void rms_row(const T* x, const T* w, T* y, float* rstd, int64_t n, float 
 template <typename T>
 inline void rms_backward_row(const T* g, const T* x, const T* w, float r, T* dx, int64_t n) {
   float dot = 0;
+#pragma omp simd reduction(+ : dot)
   for (int64_t i = 0; i < n; ++i) dot += load(g[i]) * load(w[i]) * load(x[i]);
   float c = dot * r * r / float(n);
   for (int64_t i = 0; i < n; ++i) store(&dx[i], r * (load(g[i]) * load(w[i]) - load(x[i]) * c));
@@ -136,11 +85,11 @@ inline void rotary_head(const T* x, const float* cos, const float* sin, T* y, in
 ROW_LOOPS(float, f32)
 ROW_LOOPS(Bf16, bf16)
 
-constexpr int64_t GRAIN_BYTES = 1 << 15;
+constexpr int64_t GRAIN = 1 << 15;  // elements that a thread takes at least
 
 template <typename F>
 void rows_in_parallel(int64_t rows, int64_t row_elements, const F& body) {
-  int64_t grain = std::max<int64_t>(1, GRAIN_BYTES / std::max<int64_t>(1, row_elements));
+  int64_t grain = std::max<int64_t>(1, GRAIN / std::max<int64_t>(1, row_elements));
   at::parallel_for(0, rows, grain, body);
 }
 

@@ -52,17 +52,17 @@ unsafe extern "C" {
 }
 
 /// Whether the one-pass loops apply: CPU tensors of one kind, f32 or bf16.
-fn is_fusable(tensors: &[&Tensor]) -> bool {
+pub(crate) fn is_fusable(tensors: &[&Tensor]) -> bool {
     let kind = tensors[0].kind();
     matches!(kind, Kind::Float | Kind::BFloat16)
         && tensors.iter().all(|t| t.kind() == kind && t.device() == Device::Cpu)
 }
 
-fn is_bf16(tensor: &Tensor) -> c_int {
+pub(crate) fn is_bf16(tensor: &Tensor) -> c_int {
     c_int::from(tensor.kind() == Kind::BFloat16)
 }
 
-fn ptr(tensor: &Tensor) -> *mut c_void {
+pub(crate) fn ptr(tensor: &Tensor) -> *mut c_void {
     debug_assert!(!raw(tensor).is_null() && tensor.is_contiguous());
     tensor.data_ptr()
 }

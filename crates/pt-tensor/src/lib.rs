@@ -16,6 +16,7 @@
 //! # Ok::<(), pt_tensor::TensorError>(())
 //! ```
 
+mod attention;
 pub mod autograd;
 mod checkpoint;
 mod device;
@@ -27,6 +28,7 @@ mod optim;
 pub mod random;
 mod weight;
 
+pub use attention::{AttentionPlan, Segment, packed_attention};
 pub use checkpoint::checkpoint;
 pub use device::{ComputeKind, parse_device, parse_kind, peak_memory_bytes};
 pub use error::{Result, TensorError};

@@ -1,10 +1,8 @@
 //! Keys and values of the tokens so far, in buffers that are made once and never grow.
 
 use crate::Result;
-use crate::attention::packed_attention;
-use crate::batch::{AttentionPlan, Segment};
 use crate::decoder::{Attend, CausalLm};
-use pt_tensor::Tensor;
+use pt_tensor::{AttentionPlan, Segment, Tensor, packed_attention};
 use std::rc::Rc;
 use std::sync::Arc;
 
@@ -59,7 +57,7 @@ impl Attend for Prefill {
                 rows.f_copy_(&new.narrow(0, start, len).unsqueeze(0).expand_as(&rows))?;
             }
         }
-        packed_attention(query, key, value, &self.plan, self.cache.scale, self.cache.window)
+        Ok(packed_attention(query, key, value, &self.plan, self.cache.scale, self.cache.window)?)
     }
 }
 
