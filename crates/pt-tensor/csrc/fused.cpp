@@ -8,6 +8,8 @@
 
 #include <ATen/Parallel.h>
 
+#include <limits>
+
 namespace {
 
 // One row, templates first; EACH_CPU functions below instantiate them, because clones cannot be templates.
@@ -61,6 +63,33 @@ inline void rotary_head(const T* x, const float* cos, const float* sin, T* y, in
   }
 }
 
+// A row of a tile of logits becomes exp(scale * logit - max), in place, and the label's own entry next to nothing: the
+// sum of the others stays exact however probable the label is. Columns hold the ids [first, first + n).
+template <typename T>
+inline void softmax_row(T* x, int64_t n, float scale, int64_t label, float* max, float* others, float* label_logit,
+                        float* rescale) {
+  float top = *max;
+#pragma omp simd reduction(max : top)
+  for (int64_t i = 0; i < n; ++i) {
+    float v = load(x[i]) * scale;
+    top = v > top ? v : top;
+  }
+  if (label >= 0 && label < n) {
+    *label_logit = load(x[label]) * scale;
+    store(&x[label], -std::numeric_limits<float>::infinity());
+  }
+  *rescale = *max < top ? exp_fast(*max - top) : 1.0f;
+  float sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = 0; i < n; ++i) {
+    float e = exp_fast(load(x[i]) * scale - top);
+    sum += e;
+    store(&x[i], e);
+  }
+  *others = *others * *rescale + sum;
+  *max = top;
+}
+
 #define ROW_LOOPS(T, NAME)                                                                                          \
   EACH_CPU void rms_##NAME(const T* x, const T* w, T* y, float* rstd, int64_t rows, int64_t n, float eps) {         \
     for (int64_t i = 0; i < rows; ++i) rms_row(x + i * n, w, y + i * n, rstd + i, n, eps);                          \
@@ -72,6 +101,11 @@ inline void rotary_head(const T* x, const float* cos, const float* sin, T* y, in
   EACH_CPU void swiglu_##NAME(const T* gate, const T* up, T* y, int64_t n) { swiglu_run(gate, up, y, n); }          \
   EACH_CPU void swiglu_backward_##NAME(const T* dy, const T* gate, const T* up, T* dgate, T* dup, int64_t n) {      \
     swiglu_backward_run(dy, gate, up, dgate, dup, n);                                                               \
+  }                                                                                                                 \
+  EACH_CPU void softmax_##NAME(T* x, int64_t rows, int64_t n, float scale, const int64_t* labels, int64_t first,     \
+                               float* max, float* others, float* label_logits, float* rescale) {                    \
+    for (int64_t i = 0; i < rows; ++i)                                                                              \
+      softmax_row(x + i * n, n, scale, labels[i] - first, max + i, others + i, label_logits + i, rescale + i);      \
   }                                                                                                                 \
   EACH_CPU void rotary_##NAME(const T* x, const float* cos, const float* sin, T* y, int64_t rows, int64_t heads,    \
                               int64_t head_dim, float sign) {                                                       \
@@ -137,6 +171,19 @@ void pt_swiglu_backward(int is_bf16, const void* dy, const void* gate, const voi
     else
       swiglu_backward_f32((const float*)dy + a, (const float*)gate + a, (const float*)up + a, (float*)dgate + a,
                           (float*)dup + a, b - a);
+  });
+}
+
+// A tile of logits [rows][n] of the ids [first, first + n); labels, max, others, label_logits and rescale are [rows].
+void pt_softmax_tile(int is_bf16, void* x, int64_t rows, int64_t n, float scale, const int64_t* labels, int64_t first,
+                     float* max, float* others, float* label_logits, float* rescale) {
+  rows_in_parallel(rows, n, [&](int64_t a, int64_t b) {
+    if (is_bf16)
+      softmax_bf16((Bf16*)x + a * n, b - a, n, scale, labels + a, first, max + a, others + a, label_logits + a,
+                   rescale + a);
+    else
+      softmax_f32((float*)x + a * n, b - a, n, scale, labels + a, first, max + a, others + a, label_logits + a,
+                  rescale + a);
   });
 }
 

@@ -38,6 +38,19 @@ unsafe extern "C" {
         dup: *mut c_void,
         count: i64,
     );
+    fn pt_softmax_tile(
+        is_bf16: c_int,
+        x: *mut c_void,
+        rows: i64,
+        n: i64,
+        scale: f32,
+        labels: *const i64,
+        first: i64,
+        max: *mut f32,
+        others: *mut f32,
+        label_logits: *mut f32,
+        rescale: *mut f32,
+    );
     fn pt_rotary(
         is_bf16: c_int,
         x: *const c_void,
@@ -158,6 +171,52 @@ pub fn swiglu(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
     Ok(y)
 }
 
+/// What a softmax over tiles of the vocabulary has gathered so far, each `[rows]` f32 (f64 for f64 input).
+#[derive(Debug)]
+pub(crate) struct SoftmaxState {
+    /// The greatest logit.
+    pub(crate) max: Tensor,
+    /// Σ exp(logit − max) over all entries but the label.
+    pub(crate) others: Tensor,
+    /// The label's logit, once its tile has been seen.
+    pub(crate) label_logits: Tensor,
+}
+
+impl SoftmaxState {
+    pub(crate) fn new(rows: i64, kind: Kind, device: Device) -> Self {
+        let column = |value: f64| Tensor::full([rows], value, (kind, device));
+        Self { max: column(f64::NEG_INFINITY), others: column(0.0), label_logits: column(0.0) }
+    }
+
+    /// Takes in a tile of CPU logits, f32 or bf16, of the ids `first..`: one pass that turns `logits: [rows, ids]` in
+    /// place into exp(scale · logit − max), the label's entry into next to nothing. Returns what sums over earlier
+    /// tiles are to be multiplied by, `[rows]`.
+    pub(crate) fn take_in(&mut self, logits: &Tensor, scale: f64, labels: &Tensor, first: i64) -> Tensor {
+        let (rows, ids) = (logits.size()[0], logits.size()[1]);
+        let labels = labels.contiguous();
+        let rescale = self.max.empty_like();
+        debug_assert!(is_fusable(&[logits]) && self.max.kind() == Kind::Float && labels.size() == [rows]);
+        // SAFETY: contiguous CPU tensors: logits holds rows · ids elements of its kind, labels rows of i64, the four
+        // columns rows of f32 each, made by `new`; the label's entry is touched only where it lies within the tile.
+        unsafe {
+            pt_softmax_tile(
+                is_bf16(logits),
+                ptr(logits),
+                rows,
+                ids,
+                scale as f32,
+                ptr(&labels).cast(),
+                first,
+                ptr(&self.max).cast(),
+                ptr(&self.others).cast(),
+                ptr(&self.label_logits).cast(),
+                ptr(&rescale).cast(),
+            );
+        }
+        rescale
+    }
+}
+
 /// Rotary position embedding, halves form: (a, b) → (a·cos − b·sin, b·cos + a·sin).
 ///
 /// Su et al. 2021, <https://arxiv.org/abs/2104.09864>, in the layout of Hugging Face's Llama.
@@ -172,7 +231,7 @@ pub fn apply_rotary(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {
             return Err(TensorError::shape(name, table, format!("[{tokens}, {head_dim} / 2]")));
         }
     }
-    if !is_fusable(&[x]) || cos.kind() != Kind::Float || sin.kind() != Kind::Float {
+    if !is_fusable(&[x]) || !is_fusable(&[cos, sin]) || cos.kind() != Kind::Float {
         let halves = x.chunk(2, -1);
         let (cos, sin) = (cos.unsqueeze(1), sin.unsqueeze(1));
         let rotated = [&halves[0] * &cos - &halves[1] * &sin, &halves[1] * &cos + &halves[0] * &sin];

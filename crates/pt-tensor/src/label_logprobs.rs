@@ -1,6 +1,7 @@
 //! Log-probs at label positions without a logits tensor.
 
 use crate::autograd::attach_backward;
+use crate::fused::{SoftmaxState, is_fusable};
 use crate::{Result, TensorError};
 use tch::{Kind, Tensor, no_grad};
 
@@ -102,10 +103,11 @@ pub fn label_logprobs(
     };
     let pass = no_grad(|| tiles.forward(is_one_pass))?;
 
-    let accumulate_kind = accumulate_kind(hidden_states);
-    let logprobs = &pass.label_logits - &pass.log_sum_exp;
-    let is_top1 = pass.label_logits.ge_tensor(&pass.max).to_kind(accumulate_kind);
-    let entropy = options.with_entropy.then(|| &pass.log_sum_exp - &pass.expected_logit);
+    // max and log(sum) stay apart: their sum would round away what a log-prob of a few nats needs when logits are large.
+    let label_logits = &pass.label_logits - &pass.max;
+    let logprobs = &label_logits - &pass.log_sum;
+    let is_top1 = label_logits.ge(0.0).to_kind(accumulate_kind(hidden_states));
+    let entropy = options.with_entropy.then(|| &pass.log_sum - &pass.expected_logit);
     if let Some(direction) = pass.direction {
         attach_backward("label_logprobs", &[hidden_states], &[&logprobs], move |grads| {
             Ok(vec![
@@ -113,13 +115,13 @@ pub fn label_logprobs(
             ])
         })?;
     } else if wants_hidden || wants_weight {
-        let log_sum_exp = pass.log_sum_exp.shallow_clone();
+        let (max, log_sum, others_share) = (pass.max, pass.log_sum, pass.others_share);
         let saved_entropy = entropy.as_ref().map(Tensor::copy);
         let outputs: Vec<&Tensor> = std::iter::once(&logprobs).chain(&entropy).collect();
         attach_backward("label_logprobs", &[hidden_states, weight], &outputs, move |grads| {
             let grad_entropy = grads.get(1).and_then(Option::as_ref);
             tiles.backward(
-                &log_sum_exp,
+                (&max, &log_sum, &others_share),
                 grads[0].as_ref(),
                 grad_entropy.zip(saved_entropy.as_ref()),
                 wants_hidden,
@@ -145,9 +147,12 @@ struct Tiles {
 /// Per label, in the accumulation kind: `[num_labels]`, but for `direction`.
 struct Forward {
     label_logits: Tensor,
-    log_sum_exp: Tensor,
     max: Tensor,
-    /// Σ p · logit, for the entropy.
+    /// log Σ exp(logit − max).
+    log_sum: Tensor,
+    /// 1 − p(label), which a subtraction would round away for a confident label.
+    others_share: Tensor,
+    /// Σ p · (logit − max), for the entropy.
     expected_logit: Tensor,
     /// d log p / d hidden, `[num_labels, hidden_size]`, in the kind of `hidden`.
     direction: Option<Tensor>,
@@ -155,14 +160,14 @@ struct Forward {
 
 impl Tiles {
     /// Final logits of a tile, and d final / d raw where the soft cap makes it differ from a constant.
-    fn logits(&self, hidden: &Tensor, weight: &Tensor, with_slope: bool) -> Result<(Tensor, Option<Tensor>)> {
+    fn logits(&self, hidden: &Tensor, weight: &Tensor) -> Result<(Tensor, Option<Tensor>)> {
         let raw = hidden.f_linear(weight, None::<Tensor>)?.to_kind(accumulate_kind(hidden));
         let mut slope = None;
         let mut logits = match self.options.soft_cap {
             None => raw,
             Some(cap) => {
                 let tanh = (raw / cap).tanh();
-                slope = with_slope.then(|| 1.0 - tanh.square());
+                slope = Some(1.0 - tanh.square());
                 tanh * cap
             }
         };
@@ -184,72 +189,106 @@ impl Tiles {
         let kind = accumulate_kind(&self.hidden);
         let device = self.hidden.device();
         let num_labels = self.hidden.size()[0];
-        let column = |value: f64| Tensor::full([num_labels], value, (kind, device));
-        let label_logits = column(0.0);
-        let (log_sum_exp, all_max, expected_logit) = (column(0.0), column(0.0), column(0.0));
+        let column = || Tensor::zeros([num_labels], (kind, device));
+        let (label_logits, max, log_sum) = (column(), column(), column());
+        let (others_share, expected_logit) = (column(), column());
         let direction = with_direction.then(|| self.hidden.empty_like());
         for (start, len) in self.token_tiles() {
             let hidden = self.hidden.narrow(0, start, len);
             let labels = self.labels.narrow(0, start, len);
             // The label's own logit comes out of the tiles too, so that it carries the same rounding as the sum.
-            let label_logit = Tensor::zeros([len], (kind, device));
+            let mut state = SoftmaxState::new(len, kind, device);
             let label_slope = Tensor::ones([len, 1], (kind, device));
-            let mut max = Tensor::full([len], f64::NEG_INFINITY, (kind, device));
-            let mut sum = Tensor::zeros([len], (kind, device));
             let mut weighted = Tensor::zeros([len], (kind, device));
-            let mut expected_weight =
+            let mut others_weight =
                 direction.as_ref().map(|_| Tensor::zeros([len, self.hidden.size()[1]], (kind, device)));
             for (first, count) in self.vocab_tiles() {
                 let weight = self.weight.narrow(0, first, count);
-                let (mut logits, slope) = self.logits(&hidden, &weight, with_direction)?;
-                // Labels outside the tile read a clamped entry and are masked out.
-                let local = (&labels - first).clamp(0, count - 1).unsqueeze(1);
-                let is_here = labels.ge(first).logical_and(&labels.lt(first + count));
-                let _ = label_logit
-                    .shallow_clone()
-                    .g_add_(&logits.gather(1, &local, false).squeeze_dim(1).where_scalarother(&is_here, 0.0));
-                let new_max = max.maximum(&logits.amax([1], false));
-                let rescale = (&max - &new_max).exp();
-                if self.options.with_entropy {
-                    let p = (&logits - new_max.unsqueeze(1)).exp();
-                    weighted = weighted * &rescale + (&p * &logits).sum_dim_intlist(1, false, kind);
-                    sum = sum * &rescale + p.sum_dim_intlist(1, false, kind);
+                let (p, rescale) = if self.is_fused() {
+                    let logits = hidden.f_linear(&weight, None::<Tensor>)?.contiguous();
+                    let rescale = state.take_in(&logits, 1.0 / self.options.temperature, &labels, first);
+                    (logits, rescale)
                 } else {
-                    let p = logits.g_sub_(&new_max.unsqueeze(1)).exp_();
-                    sum = sum * &rescale + p.sum_dim_intlist(1, false, kind);
-                    if let Some(expected_weight) = &mut expected_weight {
-                        let mut p = p;
-                        if let Some(slope) = &slope {
-                            let here = slope.gather(1, &local, false).where_self(&is_here.unsqueeze(1), &label_slope);
-                            label_slope.shallow_clone().copy_(&here);
-                            p *= slope;
-                        }
-                        let contribution = p.to_kind(weight.kind()).matmul(&weight);
-                        let _ = expected_weight.g_mul_(&rescale.unsqueeze(1));
-                        let _ = expected_weight.g_add_(&contribution.to_kind(kind));
-                    }
+                    self.softmax_tile(&hidden, &weight, &labels, first, &mut state, &mut weighted, &label_slope)?
+                };
+                if let Some(others_weight) = &mut others_weight {
+                    let contribution = p.to_kind(weight.kind()).matmul(&weight);
+                    let _ = others_weight.g_mul_(&rescale.unsqueeze(1));
+                    let _ = others_weight.g_add_(&contribution.to_kind(kind));
                 }
-                max = new_max;
             }
-            log_sum_exp.narrow(0, start, len).copy_(&(&max + sum.log()));
-            all_max.narrow(0, start, len).copy_(&max);
-            label_logits.narrow(0, start, len).copy_(&label_logit);
+            let own = &state.label_logits - &state.max;
+            let total = &state.others + own.exp();
+            max.narrow(0, start, len).copy_(&state.max);
+            log_sum.narrow(0, start, len).copy_(&total.log());
+            label_logits.narrow(0, start, len).copy_(&state.label_logits);
+            let share = &state.others / &total;
+            others_share.narrow(0, start, len).copy_(&share);
             if self.options.with_entropy {
-                expected_logit.narrow(0, start, len).copy_(&(weighted / &sum));
+                expected_logit.narrow(0, start, len).copy_(&((weighted + own.exp() * own) / &total));
             }
-            if let (Some(direction), Some(expected_weight)) = (&direction, expected_weight) {
+            if let (Some(direction), Some(others_weight)) = (&direction, others_weight) {
+                // W[label] − E[W] with the label's own share taken out of both: for a confident label the two would
+                // be equal up to the rounding of bf16, and their difference noise.
                 let own = self.weight.index_select(0, &labels).to_kind(kind) * &label_slope;
-                let value = (own - expected_weight / sum.unsqueeze(1)) / self.options.temperature;
+                let value = (own * share.unsqueeze(1) - others_weight / total.unsqueeze(1)) / self.options.temperature;
                 direction.narrow(0, start, len).copy_(&value);
             }
         }
-        Ok(Forward { label_logits, log_sum_exp, max: all_max, expected_logit, direction })
+        Ok(Forward { label_logits, max, log_sum, others_share, expected_logit, direction })
+    }
+
+    /// Whether tiles can be taken in by [`SoftmaxState::take_in`].
+    fn is_fused(&self) -> bool {
+        is_fusable(&[&self.hidden, &self.weight]) && self.options.soft_cap.is_none() && !self.options.with_entropy
+    }
+
+    /// [`SoftmaxState::take_in`] in libtorch's operations, for every device, kind and option: returns
+    /// exp(logit − max) times the soft cap's slope, the label's entry 0, and the factor for earlier sums.
+    #[allow(clippy::too_many_arguments)]
+    fn softmax_tile(
+        &self,
+        hidden: &Tensor,
+        weight: &Tensor,
+        labels: &Tensor,
+        first: i64,
+        state: &mut SoftmaxState,
+        weighted: &mut Tensor,
+        label_slope: &Tensor,
+    ) -> Result<(Tensor, Tensor)> {
+        let kind = accumulate_kind(&self.hidden);
+        let count = weight.size()[0];
+        let (mut logits, slope) = self.logits(hidden, weight)?;
+        // Labels outside the tile read a clamped entry and are masked out.
+        let local = (labels - first).clamp(0, count - 1).unsqueeze(1);
+        let is_here = labels.ge(first).logical_and(&labels.lt(first + count)).unsqueeze(1);
+        let here = |values: &Tensor| values.gather(1, &local, false);
+        let _ = state.label_logits.g_add_(&here(&logits).where_scalarother(&is_here, 0.0).squeeze_dim(1));
+        let new_max = state.max.maximum(&logits.amax([1], false));
+        // Before the first tile there is no maximum and nothing to rescale.
+        let step = (&state.max - &new_max).where_scalarother(&state.max.isfinite(), 0.0);
+        let rescale = step.exp();
+        let shifted = logits.g_sub_(&new_max.unsqueeze(1));
+        let mut p = shifted.exp();
+        let rest = here(&p).masked_fill(&is_here, 0.0);
+        let _ = p.scatter_(1, &local, &rest);
+        if self.options.with_entropy {
+            let moved = (&*weighted + &state.others * step) * &rescale;
+            *weighted = moved + (&p * shifted).sum_dim_intlist(1, false, kind);
+        }
+        state.others = &state.others * &rescale + p.sum_dim_intlist(1, false, kind);
+        state.max = new_max;
+        if let Some(slope) = slope {
+            label_slope.shallow_clone().copy_(&here(&slope).where_self(&is_here, label_slope));
+            p *= slope;
+        }
+        Ok((p, rescale))
     }
 
     /// d logprob / d logit = onehot − p; d entropy / d logit = −p · (log p + entropy).
     fn backward(
         &self,
-        log_sum_exp: &Tensor,
+        (max, log_sum, others_share): (&Tensor, &Tensor, &Tensor),
         grad_logprobs: Option<&Tensor>,
         entropy: Option<(&Tensor, &Tensor)>,
         wants_hidden: bool,
@@ -262,18 +301,21 @@ impl Tiles {
         for (start, len) in self.token_tiles() {
             let hidden = self.hidden.narrow(0, start, len);
             let labels = self.labels.narrow(0, start, len);
-            let log_sum_exp = log_sum_exp.narrow(0, start, len).unsqueeze(1);
+            let (max, log_sum) = (max.narrow(0, start, len).unsqueeze(1), log_sum.narrow(0, start, len).unsqueeze(1));
             for (first, count) in self.vocab_tiles() {
                 let weight = self.weight.narrow(0, first, count);
-                let (logits, slope) = self.logits(&hidden, &weight, true)?;
-                let log_p = logits - &log_sum_exp;
+                let (logits, slope) = self.logits(&hidden, &weight)?;
+                let log_p = (logits - &max) - &log_sum;
                 let p = log_p.exp();
                 let mut grad = p.zeros_like();
                 if let Some(upstream) = grad_logprobs {
                     let upstream = upstream.narrow(0, start, len).unsqueeze(1);
-                    let is_here = labels.ge(first).logical_and(&labels.lt(first + count)).unsqueeze(1).to_kind(kind);
+                    let is_here = labels.ge(first).logical_and(&labels.lt(first + count)).unsqueeze(1);
                     let local = (&labels - first).clamp(0, count - 1).unsqueeze(1);
-                    grad = (&p * -&upstream).scatter_add(1, &local, &(is_here * upstream));
+                    grad = &p * -&upstream;
+                    let at_label = others_share.narrow(0, start, len).unsqueeze(1) * upstream;
+                    let at_label = at_label.where_self(&is_here, &grad.gather(1, &local, false));
+                    let _ = grad.scatter_(1, &local, &at_label);
                 }
                 if let Some((upstream, entropy)) = entropy {
                     let (upstream, entropy) = (upstream.narrow(0, start, len), entropy.narrow(0, start, len));
@@ -401,6 +443,67 @@ mod tests {
         case.hidden = case.hidden.to_kind(Kind::Double);
         case.weight = case.weight.to_kind(Kind::Double);
         assert!(max_error(&out.logprobs, &naive(&case, &LabelLogprobs::default()).0) < 0.05);
+    }
+
+    /// A confident label's gradient is small but not noise, in every kind that models train in.
+    #[test]
+    fn gradients_of_confident_labels_keep_their_digits() {
+        let case = case(Kind::Double);
+        // In bf16 the logits themselves are rounded, by several percent of a probability.
+        for (kind, tolerance) in [(Kind::Float, 1e-4), (Kind::BFloat16, 8e-2)] {
+            for wants_weight in [false, true] {
+                // The label's own row, scaled until its probability is about 0.995.
+                let round = |t: &Tensor| t.to_kind(kind).to_kind(Kind::Double);
+                let weight = round(&case.weight);
+                let hidden = round(&(weight.index_select(0, &case.labels) * 2.0));
+                let wide = Case { hidden: hidden.copy().set_requires_grad(true), weight, labels: case.labels.copy() };
+                let (want, _) = naive(&wide, &LabelLogprobs::default());
+                want.sum(Kind::Double).backward();
+                let own = hidden.to_kind(kind).set_requires_grad(true);
+                let weight = wide.weight.detach().to_kind(kind).set_requires_grad(wants_weight);
+                let options = LabelLogprobs { vocab_tile: 7, ..Default::default() };
+                label_logprobs(&own, &weight, &case.labels, &options).unwrap().logprobs.sum(Kind::Float).backward();
+                assert!(want.exp().max().double_value(&[]) > 0.99);
+                for row in 0..9 {
+                    let want = wide.hidden.grad().get(row);
+                    let error = max_error(&own.grad().get(row), &want) / want.abs().max().double_value(&[]);
+                    assert!(error < tolerance, "{kind:?}, two passes {wants_weight}, row {row}: {error}");
+                }
+            }
+        }
+    }
+
+    /// Log-probs of a few nats keep seven digits where logits are several hundred.
+    #[test]
+    fn large_logits_cost_no_digits() {
+        let weight = Tensor::from_slice(&[1f32, 0., 1., 0., 1., 0.]).view([3, 2]);
+        let hidden = Tensor::from_slice(&[700f32, 1.]).view([1, 2]);
+        let labels = Tensor::from_slice(&[1i64]);
+        for with_entropy in [false, true] {
+            let options = LabelLogprobs { with_entropy, vocab_tile: 2, ..Default::default() };
+            let out = label_logprobs(&hidden, &weight, &labels, &options).unwrap();
+            assert!((out.logprobs.double_value(&[0]) + 3f64.ln()).abs() < 2e-7);
+            if let Some(entropy) = out.entropy {
+                assert!((entropy.double_value(&[0]) - 3f64.ln()).abs() < 2e-7);
+            }
+        }
+    }
+
+    #[test]
+    fn the_fused_pass_equals_libtorch() {
+        let case = case(Kind::Float);
+        let run = |soft_cap: Option<f64>| {
+            let hidden = case.hidden.copy().set_requires_grad(true);
+            let options =
+                LabelLogprobs { soft_cap, temperature: 0.7, token_tile: 4, vocab_tile: 5, with_entropy: false };
+            let out = label_logprobs(&hidden, &case.weight, &case.labels, &options).unwrap();
+            out.logprobs.sum(Kind::Float).backward();
+            (out.logprobs.detach(), hidden.grad(), out.is_top1)
+        };
+        // A cap far above every logit changes nothing, and takes libtorch's path.
+        let (fused, plain) = (run(None), run(Some(1e6)));
+        assert!(max_error(&fused.0, &plain.0) < 1e-5 && max_error(&fused.1, &plain.1) < 1e-5);
+        assert!(fused.2.equal(&plain.2));
     }
 
     #[test]
