@@ -82,6 +82,11 @@ pub trait Sites: std::fmt::Debug {
     fn parameter(&self, _path: &str) -> Option<Tensor> {
         None
     }
+
+    /// Switches on or off what is random in training only (dropout), off at first; returns whether it was on.
+    fn set_training(&self, _is_training: bool) -> bool {
+        false
+    }
 }
 
 /// The model as it is.

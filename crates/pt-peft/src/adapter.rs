@@ -29,9 +29,6 @@ pub trait Adapter: Sites {
     /// Switches the adapter on or off; off, it is the bare model.
     fn set_enabled(&self, is_enabled: bool);
 
-    /// Switches dropout on or off; off at first.
-    fn set_training(&self, is_training: bool);
-
     /// What the method adds to the output of a linear layer, for several adapters on one layer.
     ///
     /// # Errors
@@ -208,5 +205,10 @@ impl Sites for AdapterSet {
 
     fn parameter(&self, path: &str) -> Option<Tensor> {
         self.live().into_iter().find_map(|adapter| adapter.parameter(path))
+    }
+
+    fn set_training(&self, is_training: bool) -> bool {
+        // Each is switched, active or not, so no `any` that ends early.
+        self.adapters.iter().fold(false, |was, (_, adapter)| adapter.set_training(is_training) | was)
     }
 }

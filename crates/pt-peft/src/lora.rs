@@ -6,7 +6,7 @@ use crate::target::{Strictness, pattern_value, saved_parameters, target_layers};
 use crate::{PeftError, Result};
 use pt_model::{CausalLm, Linear, Sites};
 use pt_tensor::autograd::attach_backward;
-use pt_tensor::{DenseWeight, Kind, Tensor, TensorError, no_grad};
+use pt_tensor::{DenseWeight, Kind, Tensor, TensorError, no_grad, random};
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::rc::Rc;
@@ -58,7 +58,8 @@ fn lora_linear_cast(
     let keep = 1.0 - dropout;
     let (output, low, mask) = no_grad(|| -> Result<_> {
         let output = layer.forward(&hidden_states.detach())?;
-        let mask = (dropout > 0.0).then(|| flat.empty_like().to_kind(Kind::Bool).bernoulli_float_(keep));
+        let draw = || flat.empty_like().to_kind(Kind::Bool).bernoulli_float_(keep);
+        let mask = (dropout > 0.0).then(|| random::led_by_cpu(flat.device(), draw)).transpose()?;
         let mut low = dropped(&flat, mask.as_ref(), keep).f_mm(&a_cast.tr())?; // [tokens, rank]
         let _ = low.g_mul_scalar_(scaling);
         let _ = output.f_view([-1, out_features])?.f_addmm_(&low, &b_cast.tr())?;
@@ -107,7 +108,10 @@ fn dropped(x: &Tensor, mask: Option<&Tensor>, keep: f64) -> Tensor {
 /// The update alone, in plain operations: scaling · dropout(x)·Aᵀ·Bᵀ.
 fn lora_delta(hidden_states: &Tensor, a: &Tensor, b: &Tensor, scaling: f64, dropout: f64) -> Result<Tensor> {
     let kind = hidden_states.kind();
-    let x = if dropout > 0.0 { hidden_states.f_dropout(dropout, true)? } else { hidden_states.shallow_clone() };
+    let x = match dropout > 0.0 {
+        true => random::led_by_cpu(hidden_states.device(), || hidden_states.f_dropout(dropout, true))??,
+        false => hidden_states.shallow_clone(),
+    };
     let low = x.f_linear(&a.to_kind(kind), None::<Tensor>)? * scaling;
     Ok(low.f_linear(&b.to_kind(kind), None::<Tensor>)?)
 }
@@ -376,6 +380,10 @@ impl Sites for LoraAdapter {
         let weight = base.dense().ok()?;
         Some(&weight + factors.update().to_kind(weight.kind()))
     }
+
+    fn set_training(&self, is_training: bool) -> bool {
+        self.is_training.replace(is_training)
+    }
 }
 
 /// What a site may return: an error of ours that is not the model's is told in words.
@@ -400,10 +408,6 @@ impl Adapter for LoraAdapter {
 
     fn set_enabled(&self, is_enabled: bool) {
         self.is_enabled.set(is_enabled);
-    }
-
-    fn set_training(&self, is_training: bool) {
-        self.is_training.set(is_training);
     }
 
     fn add_to(&self, layer: &Linear, hidden_states: &Tensor, output: Tensor) -> Result<Tensor> {

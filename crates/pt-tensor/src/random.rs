@@ -3,7 +3,7 @@
 use crate::autograd::{check, raw};
 use crate::{Result, TensorError};
 use std::ffi::{c_char, c_void};
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 unsafe extern "C" {
     fn pt_cpu_generator_state(out: *mut *mut c_void) -> *mut c_char;
@@ -40,6 +40,27 @@ pub fn set_state(state: &Tensor) -> Result<()> {
     check(unsafe { pt_set_cpu_generator_state(raw(state)) })
 }
 
+/// Draws on `device` such that the CPU generator's state alone decides the numbers.
+///
+/// A checkpoint keeps that state, and so does activation checkpointing; a device's own generator is kept by
+/// neither. On the CPU this is `draw` itself.
+///
+/// # Errors
+/// [`TensorError::Torch`] when libtorch cannot give or take the state.
+pub fn led_by_cpu<T>(device: Device, draw: impl FnOnce() -> T) -> Result<T> {
+    if device == Device::Cpu { Ok(draw()) } else { seeded_from_cpu(draw) }
+}
+
+/// Seeds every generator by a number from the CPU's, draws, and lets the CPU's go on after that number.
+fn seeded_from_cpu<T>(draw: impl FnOnce() -> T) -> Result<T> {
+    let number = Tensor::randint(i64::MAX, [1], (Kind::Int64, Device::Cpu)).int64_value(&[0]);
+    let after = state()?;
+    tch::manual_seed(number);
+    let drawn = draw();
+    set_state(&after)?;
+    Ok(drawn)
+}
+
 /// Tests that draw and compare share one generator; they take turns.
 #[cfg(test)]
 pub(crate) fn test_lock() -> std::sync::MutexGuard<'static, ()> {
@@ -50,7 +71,6 @@ pub(crate) fn test_lock() -> std::sync::MutexGuard<'static, ()> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use tch::Device;
 
     #[test]
     fn a_restored_state_draws_the_same_numbers() {
@@ -59,6 +79,19 @@ mod tests {
         let first = Tensor::rand([8], (Kind::Float, Device::Cpu));
         set_state(&before).unwrap();
         assert_eq!(first, Tensor::rand([8], (Kind::Float, Device::Cpu)));
+    }
+
+    #[test]
+    fn draws_of_a_device_follow_the_state_of_the_cpu() {
+        let _lock = test_lock();
+        let rand = || Tensor::rand([8], (Kind::Float, Device::Cpu));
+        let before = state().unwrap();
+        let first = (seeded_from_cpu(rand).unwrap(), seeded_from_cpu(rand).unwrap(), rand());
+        assert_ne!(first.0, first.1);
+        set_state(&before).unwrap();
+        // What the device draws, and how much, does not show in the CPU's own numbers.
+        let again = (seeded_from_cpu(rand).unwrap(), seeded_from_cpu(|| (rand(), rand()).0).unwrap(), rand());
+        assert_eq!(first, again);
     }
 
     #[test]
