@@ -1,6 +1,7 @@
 //! Text to token ids and back, from `tokenizer.json` or from GGUF metadata.
 //!
 //! [`Tokenizer::encode`] adds no special token: what the model sees is what the chat template or the caller wrote.
+//! Plain text has no template; [`Tokenizer::bos_to_add`] is what its caller puts before it.
 //! All ids come from the checkpoint; none is guessed from a token's spelling.
 
 use crate::gguf::Metadata;
@@ -17,6 +18,7 @@ pub struct Tokenizer {
     inner: tokenizers::Tokenizer,
     bos_token: Option<String>,
     eos_token: Option<String>,
+    bos_to_add: Option<i64>,
     /// Ids at which generation stops; the first is the checkpoint's own end-of-text or end-of-turn token.
     pub eos_ids: Vec<i64>,
     /// `tokenizer_config.json`, kept for export.
@@ -30,6 +32,8 @@ struct PreTokenizer {
     is_nfc: bool,
     /// Take a whole piece that stands in the vocabulary without merging up to it.
     ignore_merges: bool,
+    /// Put the begin token before a text where the file does not say; as llama.cpp has it.
+    adds_bos: bool,
     split: Split,
 }
 
@@ -47,18 +51,21 @@ const PRE_TOKENIZERS: [PreTokenizer; 4] = [
         names: &["gpt-2", "gpt2", "phi-2", "olmo", "mpt"],
         is_nfc: false,
         ignore_merges: false,
+        adds_bos: false,
         split: Split::Gpt2,
     },
     PreTokenizer {
         names: &["smollm", "starcoder", "refact", "codeshell"],
         is_nfc: false,
         ignore_merges: false,
+        adds_bos: false,
         split: Split::DigitsThenGpt2,
     },
     PreTokenizer {
         names: &["qwen2", "deepseek-r1-qwen"],
         is_nfc: true,
         ignore_merges: false,
+        adds_bos: false,
         split: Split::Pattern(
             r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
         ),
@@ -67,6 +74,7 @@ const PRE_TOKENIZERS: [PreTokenizer; 4] = [
         names: &["llama-bpe", "llama3", "llama-v3"],
         is_nfc: false,
         ignore_merges: true,
+        adds_bos: true,
         split: Split::Pattern(
             r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
         ),
@@ -118,6 +126,17 @@ impl Tokenizer {
             }
             break;
         }
+        // What the configuration says goes before what tokenizer.json does, as in transformers.
+        match tokenizer.config.get("add_bos_token") {
+            Some(Value::Bool(false)) => tokenizer.bos_to_add = None,
+            Some(Value::Bool(true)) => {
+                let bos = tokenizer.bos_token.as_deref().and_then(|token| tokenizer.token_to_id(token));
+                tokenizer.bos_to_add = Some(bos.ok_or_else(|| {
+                    ModelError::field(&config_path, "add_bos_token", "true", "a `bos_token` beside it, or false")
+                })?);
+            }
+            _ => {}
+        }
         Ok(tokenizer)
     }
 
@@ -139,9 +158,7 @@ impl Tokenizer {
             ModelError::field(path, key, name, format!("one of {}", known.join(", ")))
         })?;
         let tokens = metadata.required_strings(path, "tokenizer.ggml.tokens")?;
-        let json = tokenizer_json(path, metadata, tokens, pre_tokenizer)?;
-        let bytes = serde_json::to_vec(&json).map_err(|source| ModelError::Json { path: path.into(), source })?;
-
+        let mut json = tokenizer_json(path, metadata, tokens, pre_tokenizer)?;
         let special = |name: &str| -> Result<Option<(i64, String)>> {
             let key = format!("tokenizer.ggml.{name}_token_id");
             let Some(id) = metadata.token_id(path, &key)? else { return Ok(None) };
@@ -153,6 +170,17 @@ impl Tokenizer {
         };
         let (bos, eos, eot, padding) = (special("bos")?, special("eos")?, special("eot")?, special("padding")?);
         let mut config = Map::new();
+        let adds_bos = metadata.flag(path, "tokenizer.ggml.add_bos_token")?.unwrap_or(pre_tokenizer.adds_bos);
+        if let (true, Some((id, token))) = (adds_bos, &bos) {
+            // In both places, so that whoever reads an exported folder adds it too.
+            config.insert("add_bos_token".into(), true.into());
+            json["post_processor"] = json!({"type": "TemplateProcessing",
+                "single": [{"SpecialToken": {"id": token, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+                "pair": [{"SpecialToken": {"id": token, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}},
+                    {"SpecialToken": {"id": token, "type_id": 1}}, {"Sequence": {"id": "B", "type_id": 1}}],
+                "special_tokens": {token: {"id": token, "ids": [id], "tokens": [token]}}});
+        }
+        let bytes = serde_json::to_vec(&json).map_err(|source| ModelError::Json { path: path.into(), source })?;
         for (key, token) in [("bos_token", &bos), ("eos_token", &eos), ("pad_token", &padding)] {
             if let Some((_, token)) = token {
                 config.insert(key.into(), token.clone().into());
@@ -177,7 +205,9 @@ impl Tokenizer {
         // A file may carry the truncation and padding of the run that saved it.
         inner.with_truncation(None).map_err(refused)?;
         inner.with_padding(None);
-        Ok(Self { path: path.into(), inner, bos_token: None, eos_token: None, eos_ids: vec![], config })
+        let processor = serde_json::to_value(inner.get_post_processor());
+        let bos_to_add = leading_special(&processor.unwrap_or_default());
+        Ok(Self { path: path.into(), inner, bos_token: None, eos_token: None, bos_to_add, eos_ids: vec![], config })
     }
 
     fn add_eos(&mut self, id: i64) {
@@ -240,6 +270,12 @@ impl Tokenizer {
         self.bos_token.as_deref()
     }
 
+    /// Id that stands before each plain text by the checkpoint's own rules, where it has such a rule: transformers
+    /// adds it by default, [`encode`](Self::encode) leaves it to the caller. A chat template writes it out itself.
+    pub fn bos_to_add(&self) -> Option<i64> {
+        self.bos_to_add
+    }
+
     /// The checkpoint's end token, if there is one.
     pub fn eos_token(&self) -> Option<&str> {
         self.eos_token.as_deref()
@@ -257,6 +293,19 @@ impl Tokenizer {
         let config = serde_json::to_vec_pretty(&self.config)
             .map_err(|source| ModelError::Json { path: path.clone(), source })?;
         Ok(write_atomically(&path, |out| out.write_all(&config))?)
+    }
+}
+
+/// The special token that a post-processor of `tokenizer.json` puts before a text.
+fn leading_special(processor: &Value) -> Option<i64> {
+    match processor["type"].as_str()? {
+        "TemplateProcessing" => {
+            let token = processor["single"][0]["SpecialToken"]["id"].as_str()?;
+            processor["special_tokens"][token]["ids"][0].as_i64()
+        }
+        "BertProcessing" | "RobertaProcessing" => processor["cls"][1].as_i64(),
+        "Sequence" => processor["processors"].as_array()?.iter().find_map(leading_special),
+        _ => None,
     }
 }
 

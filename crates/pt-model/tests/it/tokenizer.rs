@@ -1,6 +1,7 @@
 use crate::common::{cases, read_json, smollm2};
-use pt_model::gguf::Gguf;
+use pt_model::gguf::{Gguf, Value};
 use pt_model::{Pretrained, Tokenizer};
+use serde_json::json;
 use std::path::Path;
 
 fn from_gguf(path: &Path) -> Tokenizer {
@@ -66,6 +67,76 @@ fn end_ids_of_a_folder_come_from_all_its_files() {
     std::fs::write(folder.path().join("generation_config.json"), r#"{"eos_token_id": "x"}"#).unwrap();
     let error = Tokenizer::from_file(folder.path()).unwrap_err().to_string();
     assert!(error.contains("generation_config.json") && error.contains("`eos_token_id`"), "{error}");
+}
+
+/// Writes `post_processor` into a saved tokenizer.json, and `config` beside it.
+fn rewrite(folder: &Path, post_processor: serde_json::Value, config: serde_json::Value) {
+    let path = folder.join("tokenizer.json");
+    let mut json = read_json(&path);
+    json["post_processor"] = post_processor;
+    std::fs::write(&path, json.to_string()).unwrap();
+    std::fs::write(folder.join("tokenizer_config.json"), config.to_string()).unwrap();
+}
+
+#[test]
+fn the_begin_token_that_a_folder_asks_for_is_known_and_not_added() {
+    let folder = tempfile::tempdir().unwrap();
+    let case = cases("tokenizer").into_iter().find(|folder| folder.ends_with("smollm")).unwrap();
+    let tokenizer = from_gguf(&case.join("vocab.gguf"));
+    assert_eq!(tokenizer.bos_to_add(), None);
+    tokenizer.save(folder.path()).unwrap();
+    let template = json!({"type": "TemplateProcessing",
+        "single": [{"SpecialToken": {"id": "<|im_start|>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
+        "special_tokens": {"<|im_start|>": {"id": "<|im_start|>", "ids": [1], "tokens": ["<|im_start|>"]}}});
+    // Llama 3 nests it, and says nothing in its configuration.
+    let byte_level = json!({"type": "ByteLevel", "add_prefix_space": true, "trim_offsets": false, "use_regex": true});
+    let nested = json!({"type": "Sequence", "processors": [byte_level, template]});
+    let end_only = json!({"type": "TemplateProcessing",
+        "single": [{"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": {"id": "<|im_end|>", "type_id": 0}}],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
+        "special_tokens": {"<|im_end|>": {"id": "<|im_end|>", "ids": [2], "tokens": ["<|im_end|>"]}}});
+    let bos = json!({"bos_token": "<|im_start|>"});
+    for (processor, config, expected) in [
+        (template.clone(), bos.clone(), Some(1)),
+        (nested, json!({}), Some(1)),
+        (template, json!({"bos_token": "<|im_start|>", "add_bos_token": false}), None),
+        (serde_json::Value::Null, json!({"bos_token": "<|im_end|>", "add_bos_token": true}), Some(2)),
+        (end_only, bos, None),
+    ] {
+        rewrite(folder.path(), processor, config);
+        let tokenizer = Tokenizer::from_file(folder.path()).unwrap();
+        assert_eq!(tokenizer.bos_to_add(), expected);
+        assert_ne!(tokenizer.encode("a").unwrap()[0], 1, "the caller adds it");
+    }
+    rewrite(folder.path(), serde_json::Value::Null, json!({"add_bos_token": true}));
+    let error = Tokenizer::from_file(folder.path()).unwrap_err().to_string();
+    assert!(error.contains("`add_bos_token`"), "{error}");
+}
+
+#[test]
+fn the_begin_token_that_a_gguf_file_asks_for_is_known_and_exported() {
+    let key = "tokenizer.ggml.add_bos_token";
+    for (name, flag, expected) in [
+        ("smollm", Some(true), Some(1)),
+        ("smollm", None, None),
+        ("llama-bpe", None, Some(1)),
+        ("llama-bpe", Some(false), None),
+    ] {
+        let path = cases("tokenizer").into_iter().find(|folder| folder.ends_with(name)).unwrap().join("vocab.gguf");
+        let mut metadata = Gguf::open(&path).unwrap().metadata().clone();
+        if let Some(flag) = flag {
+            metadata.insert(key.into(), Value::Bool(flag));
+        }
+        let tokenizer = Tokenizer::from_gguf(&path, &metadata).unwrap().unwrap();
+        assert_eq!(tokenizer.bos_to_add(), expected, "{name} {flag:?}");
+        let folder = tempfile::tempdir().unwrap();
+        tokenizer.save(folder.path()).unwrap();
+        assert_eq!(Tokenizer::from_file(folder.path()).unwrap().bos_to_add(), expected, "{name} {flag:?}");
+        assert_eq!(read_json(&folder.path().join("tokenizer.json"))["post_processor"].is_null(), expected.is_none());
+    }
+    // SmolLM2's file says no.
+    assert_eq!(Pretrained::open(smollm2()).unwrap().tokenizer.unwrap().bos_to_add(), None);
 }
 
 #[test]
