@@ -10,7 +10,6 @@ pub struct ModelEncoder<'a> {
     pub tokenizer: &'a Tokenizer,
     template: Option<&'a ChatTemplate>,
     stop_ids: Vec<i64>,
-    bos_id: Option<i64>,
 }
 
 impl<'a> ModelEncoder<'a> {
@@ -23,7 +22,7 @@ impl<'a> ModelEncoder<'a> {
                 stop_ids.push(*id);
             }
         }
-        Some(Self { tokenizer, template: pretrained.chat_template.as_ref(), stop_ids, bos_id: None })
+        Some(Self { tokenizer, template: pretrained.chat_template.as_ref(), stop_ids })
     }
 
     /// Whether conversations can be rendered.
@@ -56,10 +55,6 @@ impl Encode for ModelEncoder<'_> {
     }
 
     fn bos_id(&self) -> Option<i64> {
-        self.bos_id
-    }
-
-    fn vocab_size(&self) -> usize {
-        self.tokenizer.vocab_size()
+        self.tokenizer.bos_to_add()
     }
 }

@@ -201,12 +201,20 @@ pub enum TrainError {
         /// What is missing.
         message: String,
     },
-    /// A loss or a gradient is not finite; nothing was updated.
+    /// The tensors of a checkpoint are not those that the configuration trains.
+    #[error("the checkpoint does not fit the configuration: {}", differences(missing, unexpected))]
+    StateMismatch {
+        /// Trained here, not in the checkpoint.
+        missing: Vec<String>,
+        /// In the checkpoint, not trained here.
+        unexpected: Vec<String>,
+    },
+    /// A loss, a gradient or a trained value is not finite; no checkpoint was written.
     #[error("step {step}: {what} is not finite; the first bad place is {place}")]
     NonFinite {
         /// The step.
         step: u64,
-        /// Loss, log-probs or gradient.
+        /// Log-probs, gradient or parameter.
         what: String,
         /// Tensor and entry.
         place: String,
@@ -287,7 +295,11 @@ impl TrainError {
             Self::NotPrefixPreserving { .. } => {
                 "such templates rewrite earlier turns (reasoning models do); train the last turn only with --set data.train_turns=last".into()
             }
-            Self::NothingTrained { .. } => "mend those rows, or drop them with --set data.on_empty=drop".into(),
+            Self::NothingTrained { .. } => {
+                "mend those rows, raise --set data.max_length=N where they were cut, or drop them with \
+                 --set data.on_empty=drop"
+                    .into()
+            }
             Self::TooLong { .. } => {
                 "raise --set data.max_length=N, or choose --set data.too_long=drop, truncate_left or truncate_right".into()
             }
@@ -302,6 +314,9 @@ impl TrainError {
             Self::Config { .. } => "see --help for the fields and their values".into(),
             Self::RunExists { .. } => "continue it with --resume, or choose another --output".into(),
             Self::NotARun { .. } => "start the run without --resume".into(),
+            Self::StateMismatch { .. } => {
+                "resume with the settings that the run began with (its config.yaml), or start a new run".into()
+            }
             Self::NonFinite { .. } => {
                 "lower learning_rate, set max_grad_norm, or compute in f32; the last checkpoint stands and can be resumed".into()
             }
@@ -312,6 +327,17 @@ impl TrainError {
             Self::Metrics { .. } => "delete that line, or move the file away; checkpoints do not depend on it".into(),
         })
     }
+}
+
+/// Both sides of a comparison of names, a few of each.
+fn differences(missing: &[String], unexpected: &[String]) -> String {
+    let side = |what: &str, names: &[String]| {
+        let more = names.len().saturating_sub(3);
+        let rest = if more > 0 { format!(" and {more} more") } else { String::new() };
+        (!names.is_empty()).then(|| format!("{what} {}{rest}", quoted(&names[..names.len() - more])))
+    };
+    let sides = [side("it lacks", missing), side("not trained here are", unexpected)];
+    sides.into_iter().flatten().collect::<Vec<_>>().join("; ")
 }
 
 fn quoted(names: &[String]) -> String {

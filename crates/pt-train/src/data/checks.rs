@@ -29,7 +29,10 @@ pub struct SourceSummary {
     pub truncated: usize,
     /// Rows left out because of their length.
     pub dropped_long: usize,
-    /// Rows left out because nothing in them would be trained.
+    /// Kept rows whose cut took away the token that ends the turn.
+    #[serde(default)]
+    pub stop_cut: usize,
+    /// Rows left out because nothing in them would be trained, as they came or once cut to the limit.
     pub dropped_empty: usize,
     /// Rows whose tokens equal those of an earlier row, in any source.
     pub duplicates: usize,
@@ -146,6 +149,7 @@ pub fn preflight(rows: &[Row], encoder: &dyn Encode, config: &DataConfig) -> Res
     let mut index_of: BTreeMap<&str, usize> = BTreeMap::new();
     let mut seen = HashSet::new();
     let mut empty = Fault::default();
+    let mut emptied = Fault::default();
     let mut long = Fault::default();
     let (mut groups, mut row_of_group) = (Vec::new(), Vec::new());
     for (row_index, row) in rows.iter().enumerate() {
@@ -169,6 +173,7 @@ pub fn preflight(rows: &[Row], encoder: &dyn Encode, config: &DataConfig) -> Res
             continue;
         }
         let length = group.longest_sequence();
+        let had_stop = trains_stop(&group, encoder.stop_ids());
         let group = match fit(group, config.max_length, config.too_long) {
             Fit::Whole(group) => group,
             Fit::Cut(group) => {
@@ -182,24 +187,37 @@ pub fn preflight(rows: &[Row], encoder: &dyn Encode, config: &DataConfig) -> Res
                 long.note(&row.origin, length);
                 continue;
             }
+            Fit::Emptied => {
+                counts.over_long += 1;
+                counts.dropped_empty += 1;
+                emptied.note(&row.origin, length);
+                continue;
+            }
         };
-        counts.stop_trained += usize::from(trains_stop(&group, encoder.stop_ids()));
+        let has_stop = trains_stop(&group, encoder.stop_ids());
+        counts.stop_trained += usize::from(has_stop);
+        counts.stop_cut += usize::from(had_stop && !has_stop);
         counts.labels += group.num_labels();
         tally.lengths.push(group.num_tokens());
         groups.push(group);
         row_of_group.push(row_index);
     }
-    if let (Some((origin, _)), OnEmpty::Refuse) = (&empty.first, config.on_empty) {
-        let why = "nothing in this row would be trained: no assistant turn, or an empty completion";
-        return Err(TrainError::NothingTrained { origin: origin.clone(), why, count: empty.count });
+    let faults = [
+        (&empty, "nothing in this row would be trained: no assistant turn, or an empty completion"),
+        (&emptied, "cut to data.max_length, nothing in this row would be trained"),
+    ];
+    for (fault, why) in faults {
+        if let (Some((origin, _)), OnEmpty::Refuse) = (&fault.first, config.on_empty) {
+            return Err(TrainError::NothingTrained { origin: origin.clone(), why, count: fault.count });
+        }
     }
     if let (Some((origin, found)), TooLong::Refuse) = (&long.first, config.too_long) {
         let (origin, found, max_length) = (origin.clone(), *found, config.max_length);
         return Err(TrainError::TooLong { origin, found, max_length, count: long.count });
     }
     if groups.is_empty() {
-        let reasons =
-            format!("{} too long for {} tokens, {} with nothing to train", long.count, config.max_length, empty.count);
+        let (too_long, nothing) = (long.count, empty.count + emptied.count);
+        let reasons = format!("{too_long} too long for {} tokens, {nothing} with nothing to train", config.max_length);
         return Err(TrainError::AllDropped { rows: rows.len(), reasons });
     }
     let sources: Vec<SourceSummary> = tallies.into_iter().map(Tally::finish).collect();
@@ -312,8 +330,16 @@ fn warnings(source: &SourceSummary, config: &DataConfig) -> Vec<String> {
         let fate = if config.drop_duplicates { "and left out" } else { "and kept" };
         found.push(format!("{name}: {} rows are duplicates {fate}", source.duplicates));
     }
-    if source.stop_trained < source.kept {
-        found.push(format!("{name}: {} rows train no stop token", source.kept - source.stop_trained));
+    if source.stop_cut > 0 {
+        found.push(format!(
+            "{name}: {} rows ({:.1} %) lost their end of turn when they were cut, so they do not teach to stop",
+            source.stop_cut,
+            percent(source.stop_cut)
+        ));
+    }
+    let endless = source.kept - source.stop_trained - source.stop_cut;
+    if endless > 0 {
+        found.push(format!("{name}: {endless} rows train no stop token"));
     }
     found
 }
@@ -402,6 +428,36 @@ mod tests {
         assert!(matches!(error, TrainError::AllDropped { rows: 1, .. }), "{error}");
         let error = check(&[plain("abcdefghij", "k")], &DataConfig { too_long: TooLong::Refuse, ..config });
         assert!(matches!(error, TrainError::TooLong { found: 12, max_length: 8, count: 1, .. }), "{error}");
+    }
+
+    #[test]
+    fn a_row_that_truncation_empties_is_refused_or_counted() {
+        // The second row's completion begins past the limit, the third's is longer than it.
+        let rows = rows(&[plain("ab", "cd"), plain("abcdefghij", "k"), plain("a", "bcdefghijk")]);
+        for (too_long, emptied) in [(TooLong::TruncateRight, 2), (TooLong::TruncateLeft, 3)] {
+            let config = DataConfig { max_length: 8, too_long, ..DataConfig::default() };
+            let error = preflight(&rows, &CHARACTERS, &config).expect_err("a row is emptied");
+            assert!(matches!(error, TrainError::NothingTrained { count: 1, .. }), "{error}");
+            let place = format!("rows.jsonl:{emptied}: cut to data.max_length");
+            assert!(error.to_string().starts_with(&place), "{error}");
+            let config = DataConfig { on_empty: OnEmpty::Drop, ..config };
+            let summary = preflight(&rows, &CHARACTERS, &config).expect("asked for").summary;
+            let source = &summary.sources[0];
+            assert_eq!((source.kept, source.dropped_empty, source.dropped_long), (2, 1, 0));
+            assert_eq!((source.over_long, source.truncated), (2, 1));
+        }
+    }
+
+    #[test]
+    fn rows_that_lose_their_end_of_turn_are_counted_in_a_warning() {
+        let rows = rows(&[plain("ab", "cd"), plain("ab", "cdefgh"), plain("ab", "ijklmn")]);
+        let config = DataConfig { max_length: 6, too_long: TooLong::TruncateRight, ..DataConfig::default() };
+        let summary = preflight(&rows, &CHARACTERS, &config).expect("one row keeps its stop").summary;
+        assert_eq!((summary.sources[0].stop_trained, summary.sources[0].stop_cut), (1, 2));
+        let warning = "rows: 2 rows (66.7 %) lost their end of turn when they were cut, so they do not teach to stop";
+        assert_eq!(summary.warnings[1..], [warning]);
+        let error = preflight(&rows[1..], &CHARACTERS, &config).expect_err("none keeps it");
+        assert!(matches!(error, TrainError::StopNotTrained { rows: 2, .. }), "{error}");
     }
 
     #[test]

@@ -264,7 +264,8 @@ fn parse_row(value: Value, origin: &Origin, options: &ReadOptions) -> Result<Row
     if options.prompt_only && has("prompt") {
         return Ok(RowContent::Prompt { prompt: text_field(&fields, "prompt", origin)?, tools });
     }
-    let forms = "`messages`; `prompt`, `completion`; `prompt`, `chosen`, `rejected`; `instruction`, `output`; or `text`";
+    let forms =
+        "`messages`; `prompt`, `completion`; `prompt`, `chosen`, `rejected`; `instruction`, `output`; or `text`";
     Err(TrainError::MissingField {
         origin: origin.clone(),
         suggestion: suggest_form(&fields),

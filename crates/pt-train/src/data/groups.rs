@@ -33,9 +33,9 @@ pub enum TooLong {
     /// The row is left out and counted.
     #[default]
     Drop,
-    /// Tokens are cut from the start of the prompt; a completion too long by itself is dropped and counted.
+    /// Tokens are cut from the start of the prompt; a completion too long by itself counts as nothing to train.
     TruncateLeft,
-    /// Tokens are cut from the end; a row left without a label is dropped and counted.
+    /// Tokens are cut from the end; a row left without a label counts as nothing to train.
     TruncateRight,
 }
 
@@ -122,9 +122,11 @@ pub fn row_to_group(row: &Row, encoder: &dyn Encode, train_turns: TrainTurns) ->
             row_encoder.completion(prompt, completion, tools.as_ref())
         }
         RowContent::Text(text) => {
-            let mut token_ids: Vec<i64> = encoder.bos_id().into_iter().collect();
-            token_ids.extend(row_encoder.tokens(text)?);
-            row_encoder.append_stop(&mut token_ids);
+            let mut token_ids = row_encoder.plain_tokens(text)?;
+            // As below: a stop token alone would hide that there is nothing to train.
+            if !text.is_empty() {
+                row_encoder.append_stop(&mut token_ids);
+            }
             let end = token_ids.len();
             Ok(labelled(token_ids, &[(0, end)]))
         }
@@ -190,19 +192,23 @@ impl RowEncoder<'_> {
         if text.is_empty() {
             return Ok(Vec::new());
         }
-        self.encoder.encode(text).map_err(|message| TrainError::Encode {
-            origin: self.origin.clone(),
-            what: "tokenizing",
-            message,
-        })
+        self.encoder.encode(text).map_err(|message| self.refused("tokenizing", message))
+    }
+
+    fn plain_tokens(&self, text: &str) -> Result<Vec<i64>> {
+        if text.is_empty() {
+            return Ok(self.encoder.bos_id().into_iter().collect());
+        }
+        self.encoder.encode_plain(text).map_err(|message| self.refused("tokenizing", message))
     }
 
     fn render(&self, messages: &[Message], tools: Option<&Value>, add_generation_prompt: bool) -> Result<String> {
-        self.encoder.render(messages, tools, add_generation_prompt).map_err(|message| TrainError::Encode {
-            origin: self.origin.clone(),
-            what: "the chat template",
-            message,
-        })
+        let rendered = self.encoder.render(messages, tools, add_generation_prompt);
+        rendered.map_err(|message| self.refused("the chat template", message))
+    }
+
+    fn refused(&self, what: &'static str, message: String) -> TrainError {
+        TrainError::Encode { origin: self.origin.clone(), what, message }
     }
 
     fn append_stop(&self, token_ids: &mut Vec<i64>) {
@@ -217,9 +223,8 @@ impl RowEncoder<'_> {
     fn completion(&self, prompt: &Text, completion: &Text, tools: Option<&Value>) -> Result<PromptGroup> {
         let (context, whole) = match (prompt, completion) {
             (Text::Plain(prompt), Text::Plain(completion)) => {
-                let bos = || self.encoder.bos_id().into_iter();
-                let context: Vec<i64> = bos().chain(self.tokens(prompt)?).collect();
-                let mut whole: Vec<i64> = bos().chain(self.tokens(&format!("{prompt}{completion}"))?).collect();
+                let context = self.plain_tokens(prompt)?;
+                let mut whole = self.plain_tokens(&format!("{prompt}{completion}"))?;
                 // An empty completion stays empty: a stop token alone would hide the fault.
                 if !completion.is_empty() {
                     self.append_stop(&mut whole);
@@ -332,13 +337,15 @@ pub enum Fit {
     Whole(PromptGroup),
     /// Cut, with labels left in every completion.
     Cut(PromptGroup),
-    /// Too long, and the policy (or a cut that would leave no label) says to leave it out.
+    /// Too long, and the policy says to leave it out.
     Dropped,
+    /// Too long, and the policy's cut would leave a completion without a label.
+    Emptied,
 }
 
 /// Applies the length policy; [`TooLong::Refuse`] drops here and the checks turn that into an error.
 ///
-/// A cut never leaves a completion without a label: such a group is dropped instead.
+/// A cut never leaves a completion without a label: such a group is [`Fit::Emptied`] instead.
 pub fn fit(group: PromptGroup, max_length: usize, policy: TooLong) -> Fit {
     let longest = group.longest_sequence();
     if longest <= max_length {
@@ -351,7 +358,7 @@ pub fn fit(group: PromptGroup, max_length: usize, policy: TooLong) -> Fit {
         TooLong::TruncateLeft => {
             // One token of context must stay for the first label to be predicted from.
             if excess >= cut.prompt.len() {
-                return Fit::Dropped;
+                return Fit::Emptied;
             }
             cut.prompt.drain(..excess);
         }
@@ -364,7 +371,7 @@ pub fn fit(group: PromptGroup, max_length: usize, policy: TooLong) -> Fit {
         }
     }
     let each_is_trained = cut.completions.iter().all(|completion| completion.is_label.contains(&true));
-    if each_is_trained { Fit::Cut(cut) } else { Fit::Dropped }
+    if each_is_trained { Fit::Cut(cut) } else { Fit::Emptied }
 }
 
 #[cfg(test)]
@@ -421,9 +428,6 @@ pub(crate) mod testing {
         }
         fn stop_ids(&self) -> &[i64] {
             &[36] // $
-        }
-        fn vocab_size(&self) -> usize {
-            301
         }
     }
 
@@ -511,6 +515,41 @@ mod tests {
         assert_eq!(shown(&group(RowContent::Text("abc".into()))), ("abc$".into(), ".bc$".into()));
     }
 
+    /// [`Characters`] with `^` put before plain text.
+    struct Begun;
+
+    impl Encode for Begun {
+        fn encode(&self, text: &str) -> Result<Vec<i64>, String> {
+            CHARACTERS.encode(text)
+        }
+        fn decode(&self, token_ids: &[i64]) -> String {
+            CHARACTERS.decode(token_ids)
+        }
+        fn render(&self, messages: &[Message], tools: Option<&Value>, open: bool) -> Result<String, String> {
+            CHARACTERS.render(messages, tools, open)
+        }
+        fn stop_ids(&self) -> &[i64] {
+            CHARACTERS.stop_ids()
+        }
+        fn bos_id(&self) -> Option<i64> {
+            Some(94) // ^
+        }
+    }
+
+    #[test]
+    fn plain_text_begins_with_the_token_that_the_tokenizer_asks_for_and_chat_with_its_template() {
+        let shown = |content| shown(&row_to_group(&row(content, 1), &Begun, TrainTurns::All).expect("a good row"));
+        assert_eq!(shown(RowContent::Text("abc".into())), ("^abc$".into(), ".abc$".into()));
+        assert_eq!(shown(RowContent::Text("^abc".into())).0, "^abc$", "spelled out already");
+        assert_eq!(shown(plain("ab", "cd")), ("^abcd$".into(), "...cd$".into()));
+        assert_eq!(shown(plain("", "cd")), ("^cd$".into(), ".cd$".into()));
+        assert!(shown(chat(&[("user", "q"), ("assistant", "a")])).0.starts_with("<u|"));
+        for empty in [RowContent::Text(String::new()), plain("", ""), plain("ab", "")] {
+            let group = row_to_group(&row(empty, 1), &Begun, TrainTurns::All).expect("a good row");
+            assert_eq!(group.num_labels(), 0);
+        }
+    }
+
     #[test]
     fn rows_with_nothing_to_train_have_no_labels() {
         for content in [
@@ -547,10 +586,10 @@ mod tests {
         assert_eq!(fit(long(), 9, TooLong::Drop), Fit::Dropped);
         let Fit::Cut(left) = fit(long(), 7, TooLong::TruncateLeft) else { panic!("room for it") };
         assert_eq!(shown(&left).0, "defxyz$".to_string());
-        assert_eq!(fit(long(), 4, TooLong::TruncateLeft), Fit::Dropped);
+        assert_eq!(fit(long(), 4, TooLong::TruncateLeft), Fit::Emptied);
         let Fit::Cut(right) = fit(long(), 7, TooLong::TruncateRight) else { panic!("room for it") };
         assert_eq!(shown(&right).1, "......x");
-        assert_eq!(fit(long(), 6, TooLong::TruncateRight), Fit::Dropped);
+        assert_eq!(fit(long(), 6, TooLong::TruncateRight), Fit::Emptied);
     }
 
     proptest! {

@@ -36,10 +36,16 @@ pub trait Encode {
     ) -> Result<String, String>;
     /// Ids that end a turn; the first is the one appended to plain completions.
     fn stop_ids(&self) -> &[i64];
-    /// Id put before plain text rows, for tokenizers that do so themselves in other libraries.
+    /// Id put before plain text, for tokenizers that do so themselves in other libraries.
     fn bos_id(&self) -> Option<i64> {
         None
     }
-    /// Number of ids.
-    fn vocab_size(&self) -> usize;
+    /// Token ids of text that no template rendered: [`bos_id`](Self::bos_id) first, unless the text spells it out.
+    fn encode_plain(&self, text: &str) -> Result<Vec<i64>, String> {
+        let mut token_ids = self.encode(text)?;
+        if let Some(bos_id) = self.bos_id().filter(|bos_id| token_ids.first() != Some(bos_id)) {
+            token_ids.insert(0, bos_id);
+        }
+        Ok(token_ids)
+    }
 }

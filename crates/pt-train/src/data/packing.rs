@@ -32,6 +32,13 @@ impl Default for BatchConfig {
     }
 }
 
+impl BatchConfig {
+    /// Rows of one optimizer step; more than there can be where the product is beyond numbers.
+    pub fn rows_per_step(&self) -> usize {
+        self.batch_size.saturating_mul(self.accumulation)
+    }
+}
+
 /// Place in the endless sequence of windows.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Cursor {
@@ -79,17 +86,21 @@ impl Batches {
 
     /// The next window: its micro-batches, each a list of groups to pack.
     pub fn next_window(&mut self) -> Vec<Vec<PromptGroup>> {
-        let pick = |rows: Vec<usize>| rows.into_iter().map(|row| self.groups[row].clone()).collect();
-        let (window, cursor) = self.peek();
-        let groups = window.into_iter().map(pick).collect();
-        self.advance(cursor);
-        groups
+        let window = self.next_indices();
+        window.into_iter().map(|rows| rows.into_iter().map(|row| self.groups[row].clone()).collect()).collect()
     }
 
     /// As [`Self::next_window`], as indices into the groups.
     pub fn next_indices(&mut self) -> Vec<Vec<usize>> {
-        let (window, cursor) = self.peek();
-        self.advance(cursor);
+        let start = self.cursor.row;
+        let end = start.saturating_add(self.config.rows_per_step()).min(self.order.len());
+        let split = |rows: &[usize]| split_by_tokens(rows, self.config.max_tokens, |row| self.groups[row].num_tokens());
+        let window = self.order[start..end].chunks(self.config.batch_size).flat_map(split).collect();
+        self.cursor.row = end;
+        if end == self.order.len() {
+            self.cursor = Cursor { epoch: self.cursor.epoch + 1, row: 0 };
+            self.order = epoch_order(self.groups.len(), &self.config, self.cursor.epoch);
+        }
         window
     }
 
@@ -122,36 +133,12 @@ impl Batches {
 
     /// Windows, so optimizer steps, of one epoch.
     pub fn windows_per_epoch(&self) -> usize {
-        self.groups.len().div_ceil(self.config.batch_size * self.config.accumulation)
+        self.groups.len().div_ceil(self.config.rows_per_step())
     }
 
     /// Epochs done, with the part of the current one.
     pub fn epochs_done(&self) -> f64 {
         self.cursor.epoch as f64 + self.cursor.row as f64 / self.groups.len() as f64
-    }
-
-    /// All groups, in the order given.
-    pub fn groups(&self) -> &[PromptGroup] {
-        &self.groups
-    }
-
-    fn peek(&self) -> (Vec<Vec<usize>>, Cursor) {
-        let start = self.cursor.row;
-        let end = (start + self.config.batch_size * self.config.accumulation).min(self.order.len());
-        let split = |rows: &[usize]| split_by_tokens(rows, self.config.max_tokens, |row| self.groups[row].num_tokens());
-        let window = self.order[start..end].chunks(self.config.batch_size).flat_map(split).collect();
-        let cursor = match end == self.order.len() {
-            true => Cursor { epoch: self.cursor.epoch + 1, row: 0 },
-            false => Cursor { epoch: self.cursor.epoch, row: end },
-        };
-        (window, cursor)
-    }
-
-    fn advance(&mut self, cursor: Cursor) {
-        if cursor.epoch != self.cursor.epoch {
-            self.order = epoch_order(self.groups.len(), &self.config, cursor.epoch);
-        }
-        self.cursor = cursor;
     }
 }
 
@@ -245,6 +232,15 @@ mod tests {
         assert_eq!(batches.next_indices(), [vec![4]]);
         assert_eq!(batches.cursor(), Cursor { epoch: 1, row: 0 });
         assert_eq!(batches.next_window()[0].len(), 2);
+    }
+
+    #[test]
+    fn sizes_beyond_numbers_take_all_rows() {
+        let config = BatchConfig { batch_size: usize::MAX, accumulation: 3, shuffle: false, ..BatchConfig::default() };
+        let mut batches = batches(&[1, 1, 1], config);
+        assert_eq!(batches.windows_per_epoch(), 1);
+        batches.seek(Cursor { epoch: 0, row: 1 }).expect("a row of the data");
+        assert_eq!(batches.next_indices(), [vec![1, 2]]);
     }
 
     #[test]
