@@ -25,8 +25,10 @@ pub mod names {
     pub const MEMORY: &str = "memory_bytes";
     /// Epochs done.
     pub const EPOCH: &str = "epoch";
-    /// Seconds since the run began, pauses left out.
-    pub const SECONDS: &str = "seconds";
+    /// Share of the trained tokens of the step that were the most probable ones.
+    pub const ACCURACY: &str = "mean_token_accuracy";
+    /// The same over the evaluation set.
+    pub const EVAL_ACCURACY: &str = "eval_mean_token_accuracy";
 }
 
 /// Points of one metric, `(step, value)` in order of writing.

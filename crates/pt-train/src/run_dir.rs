@@ -63,7 +63,11 @@ impl RunDir {
         if root.is_dir() {
             // What a crash before the first rename leaves behind is no reason to refuse.
             let names = list(root).map_err(TrainError::read(root))?;
-            if names.iter().any(|name| !name.starts_with(".tmp-") && name != "checkpoints") {
+            let is_left_over = |name: &String| {
+                let checkpoints = || list(&root.join(name)).is_ok_and(|names| names.is_empty());
+                name.starts_with(".tmp-") || (name == "checkpoints" && checkpoints())
+            };
+            if !names.iter().all(is_left_over) {
                 return Err(TrainError::RunExists { path: root.to_path_buf(), found: "is not empty" });
             }
         }
@@ -145,8 +149,8 @@ impl RunDir {
 
     /// Writes a checkpoint: `fill` gets an empty folder, which takes its name once everything in it is synced.
     ///
-    /// A checkpoint of the same step that stands already is kept, and `fill` is not called: after
-    /// [`Self::discard_after`] it holds the same state, and a folder cannot be replaced in one step.
+    /// A checkpoint of the same step that stands already is kept, and `fill` is not called: a run goes on from its
+    /// newest one, so it holds the same state, and a folder cannot be replaced in one step.
     ///
     /// # Errors
     /// Those of `fill`, or [`TrainError::Write`] as one of its kind; no checkpoint appears then.
@@ -174,14 +178,6 @@ impl RunDir {
         Ok(path)
     }
 
-    /// Removes the checkpoints of later steps: what resuming from an earlier one makes stale.
-    ///
-    /// # Errors
-    /// [`TrainError::Read`], [`TrainError::Write`].
-    pub fn discard_after(&self, step: u64) -> Result<()> {
-        self.checkpoint_steps()?.into_iter().filter(|&later| later > step).try_for_each(|later| self.remove(later))
-    }
-
     /// Steps of the complete checkpoints, rising.
     ///
     /// # Errors
@@ -203,19 +199,19 @@ impl RunDir {
         Ok(self.checkpoint_steps()?.last().map(|&step| (step, self.checkpoint_path(step))))
     }
 
-    /// The best checkpoint, if one was named and still stands.
+    /// The best checkpoint, if one was named and still stands. A `best.json` that says none counts as absent:
+    /// resuming names the best again.
     ///
     /// # Errors
-    /// [`TrainError::Read`], [`TrainError::NotARun`] when `best.json` is damaged.
+    /// [`TrainError::Read`].
     pub fn best(&self) -> Result<Option<Best>> {
         let path = self.best_path();
         if !path.exists() {
             return Ok(None);
         }
         let bytes = std::fs::read(&path).map_err(TrainError::read(&path))?;
-        let best: Best = serde_json::from_slice(&bytes)
-            .map_err(|error| TrainError::NotARun { path: path.clone(), message: format!("is damaged: {error}") })?;
-        Ok(Some(best).filter(|best| self.checkpoint_path(best.step).is_dir()))
+        let best: Option<Best> = serde_json::from_slice(&bytes).ok();
+        Ok(best.filter(|best| self.checkpoint_path(best.step).is_dir()))
     }
 
     /// Names the best checkpoint.
@@ -358,10 +354,9 @@ mod tests {
     }
 
     #[test]
-    fn a_checkpoint_of_the_same_step_stands_and_later_ones_can_be_discarded() {
+    fn a_checkpoint_of_the_same_step_stands() {
         let (_folder, run) = run();
-        [5, 6, 7].into_iter().for_each(|step| save(&run, step));
-        run.discard_after(5).expect("removes");
+        save(&run, 5);
         let again = run.write_checkpoint::<TrainError>(5, |_| unreachable!("it stands already")).expect("stands");
         assert_eq!(list(&again).expect("readable"), ["state.json"]);
         assert_eq!(list(&run.checkpoints()).expect("readable"), ["step-00000005"]);
@@ -428,6 +423,31 @@ mod tests {
         assert_eq!(run.best().expect("readable").expect("stands").value, 0.5);
         run.prune(0).expect("prunes");
         assert_eq!(run.latest().expect("readable").expect("one").0, 500_000_000);
+    }
+
+    #[test]
+    fn a_damaged_note_of_the_best_counts_as_none() {
+        let (_folder, run) = run();
+        save(&run, 1);
+        for text in ["{\"step\": 1, \"metric\": \"eval_loss\", \"value\": null}", "", "{"] {
+            std::fs::write(run.best_path(), text).expect("writes");
+            assert_eq!(run.best().expect("readable"), None);
+            run.prune(1).expect("prunes");
+        }
+    }
+
+    #[test]
+    fn a_new_run_takes_only_a_folder_that_holds_nothing_of_worth() {
+        let folder = tempfile::tempdir().expect("temporary folder");
+        let root = folder.path().join("run");
+        // What a crash before config.yaml leaves.
+        std::fs::create_dir_all(root.join("checkpoints")).expect("makes");
+        std::fs::write(root.join(".tmp-xyz"), "half").expect("writes");
+        let run = RunDir::create(&root, "").expect("nothing of worth");
+        save(&run, 3);
+        std::fs::remove_file(run.config_path()).expect("removes");
+        let error = RunDir::create(&root, "").expect_err("a checkpoint stands");
+        assert!(matches!(error, TrainError::RunExists { found: "is not empty", .. }), "{error}");
     }
 
     #[test]

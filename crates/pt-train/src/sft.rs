@@ -2,10 +2,10 @@
 
 use crate::data::{BatchConfig, Batches, Cursor, DataConfig, PromptGroup};
 use crate::error::{Result, TrainError};
-use crate::metrics::MetricsWriter;
+use crate::metrics::{MetricsWriter, names};
 use crate::run_dir::{Best, RunDir};
 use crate::schedule::ScheduleConfig;
-use crate::step::{Optimization, finite};
+use crate::step::{Optimization, finite, first_not_finite};
 use crate::tensorboard::EventWriter;
 use pt_model::{CausalLm, PackedBatch, RunOptions, Sites};
 use pt_peft::LoraConfig;
@@ -84,6 +84,31 @@ impl SftConfig {
     /// # Errors
     /// [`TrainError::Config`].
     pub fn validate(&self) -> Result<()> {
+        let faults = self.faults();
+        if faults.is_empty() {
+            return Ok(());
+        }
+        Err(TrainError::Config { place: "training".into(), message: faults.join("; ") })
+    }
+
+    /// As [`validate`](Self::validate), and that the settings fit a run with or without held-out rows.
+    ///
+    /// # Errors
+    /// [`TrainError::Config`].
+    pub fn validate_with(&self, has_eval_data: bool) -> Result<()> {
+        self.validate()?;
+        match self.early_stopping {
+            Some(patience) if !has_eval_data => Err(TrainError::Config {
+                place: "training".into(),
+                message: format!(
+                    "early_stopping is {patience}, and there is no held-out data to stop by: expected some, or null"
+                ),
+            }),
+            _ => Ok(()),
+        }
+    }
+
+    fn faults(&self) -> Vec<String> {
         let mut faults = Vec::new();
         if self.max_steps.is_none() && !(self.epochs > 0.0 && self.epochs.is_finite()) {
             faults.push(format!("epochs is {}, expected over 0", self.epochs));
@@ -105,12 +130,31 @@ impl SftConfig {
             let sizes = format!("batch_size {batch_size}, accumulation {accumulation}, max_tokens {max_tokens:?}");
             faults.push(format!("batch has {sizes}, expected each at least 1"));
         }
+        if self.batch.batch_size.checked_mul(self.batch.accumulation).is_none() {
+            let BatchConfig { batch_size, accumulation, .. } = &self.batch;
+            faults.push(format!("batch_size {batch_size} times accumulation {accumulation} is too large a number"));
+        }
+        if self.early_stopping == Some(0) {
+            faults.push("early_stopping is 0, expected at least 1, or null for never".into());
+        }
+        if let (Some(patience), 0) = (self.early_stopping, self.eval_every) {
+            faults.push(format!("early_stopping is {patience} and eval_every is 0, expected at least 1"));
+        }
+        let AdamWConfig { beta1, beta2, eps, weight_decay } = self.adamw;
+        for (name, beta) in [("beta1", beta1), ("beta2", beta2)] {
+            if !(0.0..1.0).contains(&beta) {
+                faults.push(format!("adamw.{name} is {beta}, expected from 0 to under 1"));
+            }
+        }
+        if !(eps > 0.0 && eps.is_finite()) {
+            faults.push(format!("adamw.eps is {eps}, expected over 0"));
+        }
+        if !(weight_decay >= 0.0 && weight_decay.is_finite()) {
+            faults.push(format!("adamw.weight_decay is {weight_decay}, expected at least 0"));
+        }
         faults.extend(self.schedule.build(1).err().map(|fault| fault.to_string()));
         faults.extend(self.lora.as_ref().and_then(|lora| lora.validate().err()).map(|fault| format!("lora: {fault}")));
-        if faults.is_empty() {
-            return Ok(());
-        }
-        Err(TrainError::Config { place: "training".into(), message: faults.join("; ") })
+        faults
     }
 }
 
@@ -165,8 +209,6 @@ pub trait Observer {
     fn on_step(&mut self, _record: &StepRecord) {}
     /// An evaluation is done; `is_best` says whether its loss is the lowest so far.
     fn on_evaluation(&mut self, _step: u64, _evaluation: &Evaluation, _is_best: bool) {}
-    /// A checkpoint stands.
-    fn on_checkpoint(&mut self, _step: u64, _path: &Path) {}
 }
 
 /// How a run ended.
@@ -185,10 +227,21 @@ pub enum Ending {
 pub struct Outcome {
     /// How it ended.
     pub ending: Ending,
-    /// Steps done.
+    /// Steps done; the checkpoint of that step is the last one.
     pub steps: u64,
     /// The last evaluation.
     pub evaluation: Option<Evaluation>,
+    /// The best checkpoint, where there was held-out data: it may be an earlier one than the last.
+    pub best: Option<BestCheckpoint>,
+}
+
+/// The checkpoint with the lowest held-out loss.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct BestCheckpoint {
+    /// Its step: [`RunDir::checkpoint_path`] is its folder.
+    pub step: u64,
+    /// Its held-out loss, nats.
+    pub loss: f64,
 }
 
 /// The part of a checkpoint that is not tensors.
@@ -204,11 +257,45 @@ struct TrainerState {
     data_fingerprint: String,
 }
 
-/// Mean −log p of the labels of `groups`, without a graph, in micro-batches of at most `max_tokens`.
+impl TrainerState {
+    fn best(&self) -> Option<BestCheckpoint> {
+        self.best_step.zip(self.best_loss).map(|(step, loss)| BestCheckpoint { step, loss })
+    }
+
+    fn is_out_of_patience(&self, config: &SftConfig) -> bool {
+        config.early_stopping.is_some_and(|patience| self.evaluations_without_gain >= patience)
+    }
+}
+
+/// Mean −log p of the labels of `groups`, without a graph and without dropout, in micro-batches of at most
+/// `max_tokens`.
 ///
 /// # Errors
-/// [`TrainError::Config`] when there is no label.
+/// [`TrainError::Config`] when there is no label, [`TrainError::NonFinite`] with the row (`step` is 0).
 pub fn evaluate(
+    model: &CausalLm,
+    sites: &Rc<dyn Sites>,
+    groups: &[PromptGroup],
+    max_tokens: usize,
+) -> Result<Evaluation> {
+    evaluate_at(0, model, sites, groups, max_tokens)
+}
+
+fn evaluate_at(
+    step: u64,
+    model: &CausalLm,
+    sites: &Rc<dyn Sites>,
+    groups: &[PromptGroup],
+    max_tokens: usize,
+) -> Result<Evaluation> {
+    let was_training = sites.set_training(false);
+    let evaluation = score(step, model, sites, groups, max_tokens);
+    sites.set_training(was_training);
+    evaluation
+}
+
+fn score(
+    step: u64,
     model: &CausalLm,
     sites: &Rc<dyn Sites>,
     groups: &[PromptGroup],
@@ -219,10 +306,18 @@ pub fn evaluate(
     let (mut sum, mut correct, mut count) = (0.0, 0.0, 0);
     no_grad(|| -> Result<()> {
         for rows in batches {
-            let groups: Vec<PromptGroup> = rows.iter().map(|&row| groups[row].clone()).collect();
-            let batch = PackedBatch::new(&groups, model.device())?;
+            let chunk: Vec<PromptGroup> = rows.iter().map(|&row| groups[row].clone()).collect();
+            let batch = PackedBatch::new(&chunk, model.device())?;
             let out = model.label_logprobs(&batch, sites, RunOptions::default(), &LabelLogprobs::default())?;
-            sum -= out.logprobs.sum(pt_tensor::Kind::Double).double_value(&[]);
+            let logprob = out.logprobs.sum(pt_tensor::Kind::Double).double_value(&[]);
+            if !logprob.is_finite() {
+                let completion = batch.label_completion[first_not_finite(&out.logprobs)] as usize;
+                let mut row_of = rows.iter().flat_map(|&row| std::iter::repeat_n(row, groups[row].completions.len()));
+                let row = row_of.nth(completion).unwrap_or(0);
+                let place = format!("held-out row {row} of {}, counted from 0", groups.len());
+                return Err(TrainError::NonFinite { step, what: "held-out log-probs".into(), place });
+            }
+            sum -= logprob;
             correct += out.is_top1.sum(pt_tensor::Kind::Double).double_value(&[]);
             count += batch.num_labels();
         }
@@ -251,7 +346,7 @@ pub fn train(
     stop: &AtomicBool,
     observer: &mut dyn Observer,
 ) -> Result<Outcome> {
-    config.validate()?;
+    config.validate_with(!eval_groups.is_empty())?;
     let fingerprint = fingerprint(&train_groups);
     let mut batches = Batches::new(train_groups, config.batch.clone())?;
     let total_steps = match config.max_steps {
@@ -278,18 +373,21 @@ pub fn train(
             });
         }
         batches.seek(state.cursor)?;
-        // A crash may have come between this checkpoint and the note that it is the best.
-        if let (true, Some(value)) = (state.best_step == Some(state.step), state.best_loss) {
-            run.set_best(&Best { step: state.step, metric: "eval_loss".into(), value })?;
+        // A crash may have come between the best checkpoint and the note that it is the best.
+        if let Some(best) = state.best().filter(|best| run.checkpoint_path(best.step).is_dir()) {
+            name_best(run, best)?;
         }
     }
     let mut metrics = MetricsWriter::open(&run.metrics_path(), state.step)?;
     let mut events = EventWriter::create(&run.tensorboard_path(), (state.step > 0).then_some(state.step + 1))?;
     let options = RunOptions { is_checkpointed: config.activation_checkpointing };
     let eval_tokens = config.batch.max_tokens.unwrap_or(4096);
-    let mut outcome = Outcome { ending: Ending::Done, steps: state.step, evaluation: None };
+    let mut outcome = Outcome { ending: Ending::Done, steps: state.step, evaluation: None, best: state.best() };
+    if state.is_out_of_patience(config) {
+        outcome.ending = Ending::EarlyStopped;
+    }
 
-    while state.step < total_steps {
+    while outcome.ending == Ending::Done && state.step < total_steps {
         let started = Instant::now();
         // 1. The rows of one step, and how many tokens they train together.
         let window = batches.next_window();
@@ -330,13 +428,13 @@ pub fn train(
         };
         if step.is_multiple_of(config.log_every) || step == total_steps {
             let values = [
-                ("loss", record.loss),
-                ("mean_token_accuracy", record.accuracy),
-                ("learning_rate", record.learning_rate),
-                ("grad_norm", record.grad_norm),
-                ("epoch", record.epoch),
-                ("tokens_per_second", record.tokens_per_second),
-                (crate::metrics::names::MEMORY, peak_memory_bytes().unwrap_or(0) as f64),
+                (names::LOSS, record.loss),
+                (names::ACCURACY, record.accuracy),
+                (names::LEARNING_RATE, record.learning_rate),
+                (names::GRAD_NORM, record.grad_norm),
+                (names::EPOCH, record.epoch),
+                (names::TOKENS_PER_SECOND, record.tokens_per_second),
+                (names::MEMORY, peak_memory_bytes().unwrap_or(0) as f64),
             ];
             metrics.write(step, &values)?;
             events.scalars(step, &values)?;
@@ -346,8 +444,8 @@ pub fn train(
         let is_last = step == total_steps;
         let mut is_best = false;
         if !eval_groups.is_empty() && (is_last || (config.eval_every > 0 && step.is_multiple_of(config.eval_every))) {
-            let evaluation = evaluate(trained.model, &trained.sites, eval_groups, eval_tokens)?;
-            let values = [("eval_loss", evaluation.loss), ("eval_mean_token_accuracy", evaluation.accuracy)];
+            let evaluation = evaluate_at(step, trained.model, &trained.sites, eval_groups, eval_tokens)?;
+            let values = [(names::EVAL_LOSS, evaluation.loss), (names::EVAL_ACCURACY, evaluation.accuracy)];
             metrics.write(step, &values)?;
             events.scalars(step, &values)?;
             is_best = state.best_loss.is_none_or(|best| evaluation.loss < best);
@@ -357,30 +455,34 @@ pub fn train(
             }
             observer.on_evaluation(step, &evaluation, is_best);
             outcome.evaluation = Some(evaluation);
-            if config.early_stopping.is_some_and(|patience| state.evaluations_without_gain >= patience) {
+            if state.is_out_of_patience(config) {
                 outcome.ending = Ending::EarlyStopped;
             }
         }
-        if stop.load(Ordering::Relaxed) && !is_last {
+        if stop.load(Ordering::Relaxed) && !is_last && outcome.ending == Ending::Done {
             outcome.ending = Ending::Interrupted;
         }
         let is_due = config.save_every > 0 && step.is_multiple_of(config.save_every);
         if is_last || is_due || is_best || outcome.ending != Ending::Done {
+            optimization.check_finite(step)?;
             metrics.sync()?;
-            let path = run.write_checkpoint(step, |folder| save_checkpoint(folder, trained, &optimization, &state))?;
-            if let (true, Some(value)) = (is_best, state.best_loss) {
-                run.set_best(&Best { step, metric: "eval_loss".into(), value })?;
+            run.write_checkpoint(step, |folder| save_checkpoint(folder, trained, &optimization, &state))?;
+            if let Some(best) = state.best().filter(|_| is_best) {
+                name_best(run, best)?;
             }
             run.prune(config.keep_checkpoints)?;
-            observer.on_checkpoint(step, &path);
         }
-        outcome.steps = step;
-        if outcome.ending != Ending::Done {
-            break;
-        }
+        (outcome.steps, outcome.best) = (step, state.best());
     }
     Ok(outcome)
 }
+
+fn name_best(run: &RunDir, best: BestCheckpoint) -> Result<()> {
+    run.set_best(&Best { step: best.step, metric: names::EVAL_LOSS.into(), value: best.loss })
+}
+
+/// Name of the CPU generator's state among the tensors of a checkpoint; other devices draw as it says.
+const RANDOM: &str = "random";
 
 fn save_checkpoint(
     folder: &Path,
@@ -390,7 +492,7 @@ fn save_checkpoint(
 ) -> Result<()> {
     (trained.save)(folder)?;
     let mut tensors = optimization.state();
-    tensors.push(("random".into(), pt_tensor::random::state()?));
+    tensors.push((RANDOM.into(), pt_tensor::random::state()?));
     save_safetensors(&folder.join("trainer_state.safetensors"), &tensors, &[])?;
     let text = serde_json::to_string_pretty(state).map_err(|e| TrainError::write(folder)(e.into()))?;
     crate::run_dir::write_atomic(&folder.join("trainer_state.json"), text.as_bytes())
@@ -402,8 +504,8 @@ fn load_state(folder: &Path, optimization: &mut Optimization) -> Result<TrainerS
     let state = serde_json::from_slice(&text)
         .map_err(|e| TrainError::NotARun { path: path.clone(), message: format!("is damaged: {e}") })?;
     let reader = SafetensorsReader::open(folder.join("trainer_state.safetensors"))?;
-    optimization.load_state(|name| reader.tensor(name, Device::Cpu))?;
-    pt_tensor::random::set_state(&reader.tensor("random", Device::Cpu)?)?;
+    optimization.load_state(reader.names().filter(|name| *name != RANDOM), |name| reader.tensor(name, Device::Cpu))?;
+    pt_tensor::random::set_state(&reader.tensor(RANDOM, Device::Cpu)?)?;
     Ok(state)
 }
 

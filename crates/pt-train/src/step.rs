@@ -6,6 +6,7 @@
 use crate::error::{Result, TrainError};
 use crate::schedule::Schedule;
 use pt_tensor::{AdamW, AdamWConfig, Kind, Tensor, clip_grad_norm_, global_grad_norm};
+use std::collections::BTreeSet;
 
 /// Trained tensors, their optimizer and the learning-rate schedule.
 #[derive(Debug)]
@@ -37,11 +38,6 @@ impl Optimization {
         Self { optimizer: AdamW::new(parameters, adamw), schedule, learning_rate, max_grad_norm }
     }
 
-    /// Trained tensors by name.
-    pub fn parameters(&self) -> impl Iterator<Item = (&str, &Tensor)> {
-        self.optimizer.parameters()
-    }
-
     /// Clips and applies the accumulated gradients, then drops them.
     ///
     /// # Errors
@@ -66,6 +62,14 @@ impl Optimization {
         Ok(Update { learning_rate, grad_norm })
     }
 
+    /// Refuses trained values that are not finite: such a checkpoint would be no good to resume from.
+    ///
+    /// # Errors
+    /// [`TrainError::NonFinite`] naming the first tensor and entry.
+    pub fn check_finite(&self, step: u64) -> Result<()> {
+        self.optimizer.parameters().try_for_each(|(name, p)| finite(step, &format!("parameter {name}"), p).map(drop))
+    }
+
     /// Parameters and optimizer state by name, for a checkpoint.
     pub fn state(&self) -> Vec<(String, Tensor)> {
         let parameters = self.optimizer.parameters().map(|(name, p)| (format!("parameter.{name}"), p.detach()));
@@ -73,11 +77,23 @@ impl Optimization {
         parameters.chain(moments).collect()
     }
 
-    /// Restores what [`state`](Self::state) gave; `get` finds a tensor by name.
+    /// Restores what [`state`](Self::state) gave: `names` are all that there are, `get` finds a tensor by name.
     ///
     /// # Errors
-    /// Those of `get`, and for a tensor of another shape.
-    pub fn load_state(&mut self, get: impl Fn(&str) -> pt_tensor::Result<Tensor>) -> Result<()> {
+    /// [`TrainError::StateMismatch`] when the names are not those of [`state`](Self::state), those of `get`, and for a
+    /// tensor of another shape.
+    pub fn load_state<'a>(
+        &mut self,
+        names: impl IntoIterator<Item = &'a str>,
+        get: impl Fn(&str) -> pt_tensor::Result<Tensor>,
+    ) -> Result<()> {
+        let found: BTreeSet<String> = names.into_iter().map(str::to_owned).collect();
+        let expected: BTreeSet<String> = self.state().into_iter().map(|(name, _)| name).collect();
+        if found != expected {
+            let less = |one: &BTreeSet<String>, other| one.difference(other).cloned().collect();
+            let (missing, unexpected) = (less(&expected, &found), less(&found, &expected));
+            return Err(TrainError::StateMismatch { missing, unexpected });
+        }
         for (name, parameter) in self.optimizer.parameters() {
             let value = get(&format!("parameter.{name}"))?;
             if value.size() != parameter.size() {
@@ -97,16 +113,60 @@ impl Optimization {
     }
 }
 
-/// Reads a scalar loss and refuses one that is not finite.
+/// The sum of values that are all finite.
 ///
 /// # Errors
-/// [`TrainError::NonFinite`] with what the first bad entry belongs to.
+/// [`TrainError::NonFinite`] with the first bad entry.
 pub fn finite(step: u64, what: &str, values: &Tensor) -> Result<f64> {
     let sum = values.sum(Kind::Double).double_value(&[]);
     if sum.is_finite() {
         return Ok(sum);
     }
-    let first = values.isfinite().logical_not().nonzero();
-    let at = if first.numel() > 0 { first.get(0).int64_value(&[0]) } else { 0 };
-    Err(TrainError::NonFinite { step, what: what.into(), place: format!("entry {at} of {what} {:?}", values.size()) })
+    let place = format!("entry {} of {what} {:?}", first_not_finite(values), values.size());
+    Err(TrainError::NonFinite { step, what: what.into(), place })
+}
+
+/// Position of the first value that is not finite, in the order of memory; 0 when there is none.
+pub(crate) fn first_not_finite(values: &Tensor) -> usize {
+    let bad = values.isfinite().logical_not().flatten(0, -1).nonzero();
+    if bad.numel() > 0 { bad.int64_value(&[0, 0]) as usize } else { 0 }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::schedule::ScheduleConfig;
+
+    fn optimization(names: &[&str]) -> Optimization {
+        let leaf = |name: &&str| (name.to_string(), Tensor::from_slice(&[1f32, 2.0]).view([1, 2]));
+        let schedule = ScheduleConfig::default().build(10).expect("good");
+        Optimization::new(names.iter().map(leaf).collect(), AdamWConfig::default(), schedule, 1e-3, None)
+    }
+
+    #[test]
+    fn a_state_of_other_tensors_is_refused_with_the_differences() {
+        let saved = optimization(&["q", "k"]).state();
+        let load = |names: &[&str]| {
+            let get = |name: &str| Ok(saved.iter().find(|(known, _)| known == name).expect("known").1.shallow_clone());
+            optimization(names).load_state(saved.iter().map(|(name, _)| name.as_str()), get)
+        };
+        load(&["k", "q"]).expect("the same tensors");
+        let text = load(&["q"]).expect_err("k would be dropped").to_string();
+        assert!(
+            text.contains("not trained here are `optimizer.k.exp_avg`, `optimizer.k.exp_avg_sq`, `parameter.k`"),
+            "{text}"
+        );
+        let error = load(&["q", "k", "v"]).expect_err("v is new");
+        assert!(error.to_string().contains("it lacks `optimizer.v.exp_avg`"), "{error}");
+        assert!(error.hint().expect("a hint").contains("config.yaml"));
+    }
+
+    #[test]
+    fn a_parameter_that_is_not_finite_is_named() {
+        let optimization = optimization(&["q", "k"]);
+        optimization.check_finite(1).expect("sound");
+        let _ = optimization.state()[1].1.get(0).get(1).fill_(f64::INFINITY);
+        let text = optimization.check_finite(7).expect_err("an infinity").to_string();
+        assert_eq!(text, "step 7: parameter k is not finite; the first bad place is entry 1 of parameter k [1, 2]");
+    }
 }

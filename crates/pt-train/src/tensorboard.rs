@@ -61,15 +61,6 @@ impl EventWriter {
         self.append(&scalar_event(now, step, values))
     }
 
-    /// Adds a text, shown as Markdown.
-    ///
-    /// # Errors
-    /// [`TrainError::Write`].
-    pub fn text(&mut self, step: u64, tag: &str, text: &str) -> Result<()> {
-        let now = wall_time();
-        self.append(&text_event(now, step, tag, text))
-    }
-
     fn append(&mut self, event: &[u8]) -> Result<()> {
         self.file.write_all(&tf_record(event)).map_err(TrainError::write(&self.path))
     }
@@ -110,7 +101,7 @@ fn session_start(wall_time: f64, step: u64) -> Vec<u8> {
     bytes
 }
 
-// `Summary.Value`: 1 tag, 2 simple_value (float), 8 tensor, 9 metadata.
+// `Summary.Value`: 1 tag, 2 simple_value (float).
 fn scalar_event(wall_time: f64, step: u64, values: &[(&str, f64)]) -> Vec<u8> {
     let mut summary = Vec::new();
     for (tag, value) in values {
@@ -120,27 +111,6 @@ fn scalar_event(wall_time: f64, step: u64, values: &[(&str, f64)]) -> Vec<u8> {
         entry.extend((*value as f32).to_le_bytes());
         field(&mut summary, 1, &entry);
     }
-    let mut bytes = event(wall_time, step);
-    field(&mut bytes, 5, &summary);
-    bytes
-}
-
-fn text_event(wall_time: f64, step: u64, tag: &str, text: &str) -> Vec<u8> {
-    // `TensorProto`: 1 dtype = DT_STRING (7), 2 shape with one dimension of size 1, 8 string_val.
-    let mut tensor = vec![0x08, 0x07];
-    field(&mut tensor, 2, &[0x12, 0x02, 0x08, 0x01]);
-    field(&mut tensor, 8, text.as_bytes());
-    // `SummaryMetadata`: 1 plugin_data { 1 plugin_name }.
-    let mut plugin = Vec::new();
-    field(&mut plugin, 1, b"text");
-    let mut metadata = Vec::new();
-    field(&mut metadata, 1, &plugin);
-    let mut entry = Vec::new();
-    field(&mut entry, 1, tag.as_bytes());
-    field(&mut entry, 8, &tensor);
-    field(&mut entry, 9, &metadata);
-    let mut summary = Vec::new();
-    field(&mut summary, 1, &entry);
     let mut bytes = event(wall_time, step);
     field(&mut bytes, 5, &summary);
     bytes
@@ -181,10 +151,6 @@ mod tests {
             "2100000000000000017becf609000000000000f83f10ac022a130a110a0a747261696e2f6c6f7373150000803e6557981f"
         );
         assert_eq!(hex(&session_start(1.5, 300)), "09000000000000f83f10ac023a020801");
-        assert_eq!(
-            hex(&text_event(1.5, 300, "sample", "hi")),
-            "09000000000000f83f10ac022a220a200a0673616d706c65420c0807120412020801420268694a080a060a0474657874"
-        );
     }
 
     #[test]
@@ -192,7 +158,6 @@ mod tests {
         let folder = tempfile::tempdir().expect("temporary folder");
         let mut writer = EventWriter::create(folder.path(), Some(2)).expect("makes");
         writer.scalars(3, &[("loss", 1.0), ("grad_norm", f64::NAN)]).expect("writes");
-        writer.text(3, "sample", "text").expect("writes");
         let other = EventWriter::create(folder.path(), None).expect("a second file in the same second");
         assert_ne!(other.path(), writer.path());
         let bytes = std::fs::read(writer.path()).expect("reads");
@@ -203,6 +168,6 @@ mod tests {
             at += 16 + length;
             records += 1;
         }
-        assert_eq!(records, 4);
+        assert_eq!(records, 3);
     }
 }

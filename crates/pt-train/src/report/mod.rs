@@ -148,7 +148,6 @@ impl Report {
             names::TOKENS_PER_SECOND,
             names::MEMORY,
             names::EPOCH,
-            names::SECONDS,
         ];
         for (name, series) in self.series.iter().filter(|(name, _)| !drawn.contains(&name.as_str())) {
             plots.push(single(name, "", series, true, false));

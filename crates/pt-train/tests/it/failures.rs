@@ -1,7 +1,8 @@
 use crate::common::{Setup, config, lora_config, new_run, rows, take_turns};
-use pt_peft::LoraAdapter;
-use pt_tensor::no_grad;
+use pt_peft::{LoraAdapter, LoraConfig, Modules};
+use pt_tensor::{AdamWConfig, no_grad};
 use pt_train::TrainError;
+use pt_train::data::BatchConfig;
 use pt_train::sft::SftConfig;
 
 fn lora() -> Setup {
@@ -58,4 +59,39 @@ fn gradients_whose_norm_is_not_finite_update_nothing() {
         assert_eq!(value, expected, "{name} was updated");
     }
     assert!(run.latest().unwrap().is_none());
+}
+
+#[test]
+fn settings_of_the_optimizer_that_break_it_are_refused_by_name() {
+    let adamw = AdamWConfig { beta1: 1.0, beta2: f64::NAN, eps: 0.0, weight_decay: -0.1 };
+    let batch = BatchConfig { batch_size: usize::MAX, accumulation: 2, ..Default::default() };
+    let error = SftConfig { adamw, batch, ..config() }.validate().unwrap_err().to_string();
+    for fault in [
+        "adamw.beta1 is 1, expected from 0 to under 1",
+        "adamw.beta2 is NaN, expected from 0 to under 1",
+        "adamw.eps is 0, expected over 0",
+        "adamw.weight_decay is -0.1, expected at least 0",
+        "times accumulation 2 is too large a number",
+    ] {
+        assert!(error.contains(fault), "{error}");
+    }
+}
+
+#[test]
+fn a_checkpoint_of_other_layers_is_refused_on_resuming() {
+    let _turn = take_turns();
+    let (_folder, run) = new_run();
+    lora().train(rows(), &[], &config(), &run, Some(2)).0.unwrap();
+    let fewer = LoraConfig { target_modules: Modules::Names(vec!["q_proj".into()]), ..lora_config(0.0) };
+    let setup = Setup::lora(|model| LoraAdapter::new(fewer, model, 0).unwrap());
+    let error = setup.train(rows(), &[], &config(), &run, None).0.unwrap_err();
+    match &error {
+        TrainError::StateMismatch { missing, unexpected } => {
+            assert!(missing.is_empty());
+            assert!(unexpected.iter().any(|name| name.contains("v_proj.lora_A")), "{unexpected:?}");
+        }
+        other => panic!("{other}"),
+    }
+    assert!(error.to_string().contains("more") && error.hint().is_some(), "{error}");
+    assert_eq!(run.latest().unwrap().unwrap().0, 2);
 }

@@ -2,7 +2,9 @@
 #![allow(clippy::unwrap_used)]
 
 mod common;
+mod encoder;
 mod equalities;
+mod evaluation;
 mod failures;
 mod golden_sft;
 mod resume;
