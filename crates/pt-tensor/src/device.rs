@@ -22,7 +22,7 @@ pub fn parse_device(name: &str) -> Result<Device> {
         },
     };
     match device {
-        Device::Cuda(index) if index as i64 >= Cuda::device_count() => {
+        Device::Cuda(index) if index >= usize::try_from(Cuda::device_count()).unwrap_or(0) => {
             Err(TensorError::argument("device", name, "a device that this libtorch sees (it sees no such CUDA device)"))
         }
         Device::Mps if !tch::utils::has_mps() => {
@@ -113,6 +113,7 @@ mod tests {
         assert_eq!(parse_device("cpu").unwrap(), Device::Cpu);
         assert!(parse_device("gpu").unwrap_err().to_string().contains("expected auto, cpu, cuda"));
         assert!(parse_device("cuda:99").is_err());
+        assert!(parse_device("cuda:18446744073709551615").is_err(), "an index that is -1 as a signed number");
     }
 
     #[test]

@@ -64,15 +64,21 @@ pub enum TensorError {
         /// The tensor's name.
         name: String,
     },
-    /// A callback of a backward pass failed.
-    #[error("backward of {0}")]
-    Backward(String),
+    /// An error of a crate above, on its way through a callback that returns this type.
+    #[error("{error}")]
+    Other {
+        /// The error; downcast it to what the callback put in.
+        error: Box<dyn std::error::Error + Send + Sync>,
+        /// What it says to do.
+        hint: Option<String>,
+    },
 }
 
 impl TensorError {
     /// What to do next, where there is something to say.
     pub fn hint(&self) -> Option<String> {
         match self {
+            Self::Other { hint, .. } => hint.clone(),
             Self::Torch(e) if e.to_string().contains("out of memory") || e.to_string().contains("can't allocate") => {
                 Some("out of memory: use smaller micro-batches (max_tokens_per_microbatch), activation checkpointing or bf16".into())
             }

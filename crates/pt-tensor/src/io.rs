@@ -48,9 +48,9 @@ impl SafetensorsReader {
         if !path.is_dir() {
             return Self::open_files(path, vec![path.to_path_buf()]);
         }
-        let index_path = path.join("model.safetensors.index.json");
+        let index_path = path.join(INDEX_FILE);
         if !index_path.exists() {
-            return Self::open_files(path, vec![path.join("model.safetensors")]);
+            return Self::open_files(path, vec![path.join(SINGLE_FILE)]);
         }
         let format = |reason: String| TensorError::Format { path: index_path.clone(), reason };
         let text =
@@ -247,9 +247,53 @@ pub fn save_safetensors(path: &Path, tensors: &[(String, Tensor)], metadata: &[(
     })
 }
 
+/// Fills a new folder so that it appears whole or not at all: under a temporary name beside its place, then renamed.
+///
+/// # Errors
+/// Those of `fill`, and [`TensorError::Write`], also when `folder` is there already and not empty; the temporary
+/// folder is gone then.
+pub fn create_folder_atomically<E: From<TensorError>>(
+    folder: &Path,
+    fill: impl FnOnce(&Path) -> std::result::Result<(), E>,
+) -> std::result::Result<(), E> {
+    let write_error = |source| TensorError::Write { path: folder.into(), source };
+    let parent = folder.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    std::fs::create_dir_all(parent).map_err(write_error)?;
+    let mut builder = tempfile::Builder::new();
+    builder.prefix(".tmp-");
+    // As for files: the folder becomes a result, which is as readable as others.
+    #[cfg(unix)]
+    builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o777));
+    let partial = builder.tempdir_in(parent).map_err(write_error)?;
+    fill(partial.path())?;
+    std::fs::rename(partial.path(), folder).map_err(write_error)?;
+    // The name that would be removed now belongs to nobody.
+    let _ = partial.keep();
+    Ok(File::open(parent).and_then(|parent| parent.sync_all()).map_err(write_error)?)
+}
+
+/// Weights in one file.
+const SINGLE_FILE: &str = "model.safetensors";
+/// Which shard holds which tensor.
+const INDEX_FILE: &str = "model.safetensors.index.json";
+
+fn shard_name(number: usize, count: usize) -> String {
+    format!("model-{number:05}-of-{count:05}.safetensors")
+}
+
+/// Whether a file bears a name that [`shard_name`] gives.
+fn is_shard_name(name: &str) -> bool {
+    let numbers = name.strip_prefix("model-").and_then(|rest| rest.strip_suffix(".safetensors"));
+    let numbers =
+        numbers.and_then(|rest| rest.split_once("-of-")).map(|(number, count)| (number.parse(), count.parse()));
+    matches!(numbers, Some((Ok(number), Ok(count))) if shard_name(number, count) == name)
+}
+
 /// Saves a model as Hugging Face does: `model.safetensors`, or shards of at most `max_shard_bytes` with an index.
 ///
-/// The index is written last, so a folder with an index is whole.
+/// Weights that an earlier save left in the folder are removed. At every moment the folder opens as the old model or
+/// as the new one, or, while shards of the same names are exchanged, as none; never as a mixture: the index is
+/// written last, so a folder with an index is whole.
 ///
 /// # Errors
 /// Those of [`save_safetensors`].
@@ -270,17 +314,49 @@ pub fn save_sharded(folder: &Path, tensors: &[(String, Tensor)], max_shard_bytes
             last.push((name.clone(), tensor.shallow_clone()));
         }
     }
+    let index_path = folder.join(INDEX_FILE);
     if shards.len() == 1 {
-        return save_safetensors(&folder.join("model.safetensors"), tensors, &metadata);
+        save_safetensors(&folder.join(SINGLE_FILE), tensors, &metadata)?;
+        // The index decides what is read, so the new file counts from here on; then the old shards are waste.
+        return remove_if_there(&index_path).and_then(|()| remove_weights_but(folder, &[SINGLE_FILE.into()]));
+    }
+    let files: Vec<String> = (1..=shards.len()).map(|number| shard_name(number, shards.len())).collect();
+    if files.iter().any(|file| folder.join(file).exists()) {
+        // The old index would read the first new shards together with the last old ones.
+        remove_if_there(&index_path)?;
+        remove_if_there(&folder.join(SINGLE_FILE))?;
     }
     let mut weight_map = serde_json::Map::new();
-    for (index, shard) in shards.iter().enumerate() {
-        let file = format!("model-{:05}-of-{:05}.safetensors", index + 1, shards.len());
-        save_safetensors(&folder.join(&file), shard, &metadata)?;
+    for (shard, file) in shards.iter().zip(&files) {
+        save_safetensors(&folder.join(file), shard, &metadata)?;
         weight_map.extend(shard.iter().map(|(name, _)| (name.clone(), file.clone().into())));
     }
     let index = serde_json::json!({"metadata": {"total_size": total}, "weight_map": weight_map});
-    write_atomically(&folder.join("model.safetensors.index.json"), |out| Ok(serde_json::to_writer_pretty(out, &index)?))
+    write_atomically(&index_path, |out| Ok(serde_json::to_writer_pretty(out, &index)?))?;
+    // Other readers prefer a single file to the index.
+    remove_weights_but(folder, &files)
+}
+
+fn remove_if_there(path: &Path) -> Result<()> {
+    match std::fs::remove_file(path) {
+        Err(source) if source.kind() != std::io::ErrorKind::NotFound => {
+            Err(TensorError::Write { path: path.into(), source })
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Removes the weight files of a folder that are not among `kept`.
+fn remove_weights_but(folder: &Path, kept: &[String]) -> Result<()> {
+    let read = |source| TensorError::Read { path: folder.into(), source };
+    for entry in std::fs::read_dir(folder).map_err(read)? {
+        let name = entry.map_err(read)?.file_name();
+        let name = name.to_string_lossy();
+        if (name == SINGLE_FILE || is_shard_name(&name)) && !kept.iter().any(|kept| *kept == name) {
+            remove_if_there(&folder.join(name.as_ref()))?;
+        }
+    }
+    Ok(())
 }
 
 #[cfg(test)]
@@ -320,6 +396,71 @@ mod tests {
         std::fs::remove_file(folder.path().join("model-00002-of-00003.safetensors")).unwrap();
         let error = SafetensorsReader::open(folder.path()).unwrap_err().to_string();
         assert!(error.contains("model-00002-of-00003"), "{error}");
+    }
+
+    #[test]
+    fn a_save_over_another_leaves_nothing_of_it() {
+        let folder = tempfile::tempdir().unwrap();
+        let first =
+            || vec![("a".into(), Tensor::from_slice(&[1f32, 2.])), ("b".into(), Tensor::from_slice(&[3f32, 4.]))];
+        let second =
+            || vec![("a".into(), Tensor::from_slice(&[5f32, 6.])), ("b".into(), Tensor::from_slice(&[7f32, 8.]))];
+        // At most 8 bytes a file make two shards, 100 make one file.
+        for (before, after) in [(8, 100), (100, 8), (8, 8)] {
+            save_sharded(folder.path(), &first(), before).unwrap();
+            std::fs::write(folder.path().join("model-card.safetensors"), "not ours").unwrap();
+            save_sharded(folder.path(), &second(), after).unwrap();
+            let reader = SafetensorsReader::open(folder.path()).unwrap();
+            assert_eq!(reader.tensor("a", Device::Cpu).unwrap(), second()[0].1, "{before}, then {after}");
+            let mut files: Vec<String> = std::fs::read_dir(folder.path())
+                .unwrap()
+                .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+                .collect();
+            files.sort();
+            let want: &[&str] = match after {
+                100 => &["model-card.safetensors", "model.safetensors"],
+                _ => &[
+                    "model-00001-of-00002.safetensors",
+                    "model-00002-of-00002.safetensors",
+                    "model-card.safetensors",
+                    "model.safetensors.index.json",
+                ],
+            };
+            assert_eq!(files, want, "{before}, then {after}");
+        }
+    }
+
+    #[test]
+    fn shards_over_shards_of_the_same_names_are_never_read_as_a_mixture() {
+        let folder = tempfile::tempdir().unwrap();
+        let floats = |x: f32| Tensor::from_slice(&[x, x]);
+        save_sharded(folder.path(), &[("a".into(), floats(1.)), ("b".into(), floats(2.))], 8).unwrap();
+        // The second shard holds a kind that safetensors does not have, so the save stops after the first.
+        let bad = Tensor::zeros([2], (Kind::ComplexFloat, Device::Cpu));
+        assert!(
+            save_sharded(folder.path(), &[("a".into(), floats(3.)), ("b".into(), floats(4.)), ("c".into(), bad)], 8)
+                .is_err()
+        );
+        assert!(SafetensorsReader::open(folder.path()).is_err());
+    }
+
+    #[test]
+    fn a_folder_appears_whole_or_not_at_all() {
+        let parent = tempfile::tempdir().unwrap();
+        let folder = parent.path().join("deep/result");
+        let failed = create_folder_atomically(&folder, |partial| {
+            std::fs::write(partial.join("x"), "x").unwrap();
+            Err(TensorError::argument("x", 1, "2"))
+        });
+        assert!(matches!(failed, Err(TensorError::Argument { .. })));
+        assert_eq!(std::fs::read_dir(parent.path().join("deep")).unwrap().count(), 0);
+        create_folder_atomically(&folder, |partial| -> Result<()> {
+            std::fs::write(partial.join("x"), "x").unwrap();
+            Ok(())
+        })
+        .unwrap();
+        assert!(folder.join("x").exists());
+        assert_eq!(std::fs::read_dir(parent.path().join("deep")).unwrap().count(), 1);
     }
 
     #[test]
