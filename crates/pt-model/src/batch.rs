@@ -82,8 +82,16 @@ impl PackedBatch {
     /// Packs groups, in order.
     ///
     /// # Errors
-    /// [`ModelError::Batch`] for a group without completions or tokens, or a mask of another length than its tokens.
+    /// [`ModelError::Argument`] without groups; [`ModelError::Batch`] for a group without completions, an empty
+    /// completion of an empty prompt, or a mask of another length than its tokens.
     pub fn new(groups: &[PromptGroup], device: Device) -> Result<Self> {
+        if groups.is_empty() {
+            return Err(ModelError::Argument {
+                what: "groups".into(),
+                found: "empty".into(),
+                expected: "at least one prompt group".into(),
+            });
+        }
         let total: usize = groups.iter().map(PromptGroup::num_tokens).sum();
         let mut ids = Vec::with_capacity(total);
         let mut positions = Vec::with_capacity(total);
@@ -91,8 +99,14 @@ impl PackedBatch {
         let (mut label_positions, mut label_ids, mut label_completion) = (Vec::new(), Vec::new(), Vec::new());
         let mut last_positions = Vec::new();
         for (index, group) in groups.iter().enumerate() {
-            if group.completions.is_empty() || group.num_tokens() == 0 {
-                return Err(ModelError::Batch { group: index, reason: "it has no completion or no token".into() });
+            if group.completions.is_empty() {
+                return Err(ModelError::Batch { group: index, reason: "it has no completion".into() });
+            }
+            // Such a completion has no last token, and nothing to be scored from.
+            let is_nothing = |completion: &Completion| group.prompt.is_empty() && completion.token_ids.is_empty();
+            if let Some(nothing) = group.completions.iter().position(is_nothing) {
+                let reason = format!("completion {nothing} is empty, and so is the prompt");
+                return Err(ModelError::Batch { group: index, reason });
             }
             let start = ids.len() as i64;
             let prompt_len = group.prompt.len() as i64;
@@ -218,6 +232,20 @@ mod tests {
     #[test]
     fn a_group_without_completions_is_refused() {
         let error = PackedBatch::new(&[PromptGroup { prompt: vec![1], completions: vec![] }], Device::Cpu).unwrap_err();
-        assert!(error.to_string().contains("group 0"));
+        assert_eq!(error.to_string(), "prompt group 0: it has no completion");
+        let error = PackedBatch::new(&[], Device::Cpu).unwrap_err();
+        assert_eq!(error.to_string(), "`groups` is empty, expected at least one prompt group");
+    }
+
+    #[test]
+    fn a_completion_without_any_token_before_or_in_it_is_refused() {
+        let whole = PromptGroup::single(vec![1], Completion::new(vec![2]));
+        let nothing =
+            PromptGroup { prompt: vec![], completions: vec![Completion::new(vec![3]), Completion::new(vec![])] };
+        let error = PackedBatch::new(&[whole, nothing], Device::Cpu).unwrap_err();
+        assert_eq!(error.to_string(), "prompt group 1: completion 1 is empty, and so is the prompt");
+        // After a prompt, an empty completion ends where the prompt does.
+        let empty = PromptGroup::single(vec![1, 2], Completion::new(vec![]));
+        assert_eq!(PackedBatch::new(&[empty], Device::Cpu).unwrap().last_positions, [1]);
     }
 }

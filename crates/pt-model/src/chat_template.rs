@@ -9,7 +9,7 @@ mod python;
 use crate::{ModelError, Result};
 use minijinja::value::{Kwargs, Value, ValueKind};
 use minijinja::{Environment, Error, ErrorKind};
-use serde::{Deserialize, Deserializer, Serialize};
+use serde::{Deserialize, Serialize, Serializer};
 use std::fmt;
 use std::path::Path;
 
@@ -18,9 +18,9 @@ use std::path::Path;
 pub struct Message {
     /// Who speaks: `system`, `user`, `assistant`, `tool`, or what else the template knows.
     pub role: String,
-    /// What is said. A missing or null content reads as empty, a list of text parts as their concatenation.
-    #[serde(default, deserialize_with = "text_content")]
-    pub content: String,
+    /// What is said.
+    #[serde(default, skip_serializing_if = "Content::is_absent")]
+    pub content: Content,
     /// Everything else, `tool_calls` say, passed on to the template.
     #[serde(flatten)]
     pub extra: serde_json::Map<String, serde_json::Value>,
@@ -29,23 +29,79 @@ pub struct Message {
 impl Message {
     /// A turn with a role and a content only.
     pub fn new(role: impl Into<String>, content: impl Into<String>) -> Self {
-        Self { role: role.into(), content: content.into(), extra: serde_json::Map::new() }
+        Self { role: role.into(), content: Content::Text(content.into()), extra: serde_json::Map::new() }
     }
 }
 
-fn text_content<'de, D: Deserializer<'de>>(deserializer: D) -> std::result::Result<String, D::Error> {
-    use serde::de::Error;
-    match serde_json::Value::deserialize(deserializer)? {
-        serde_json::Value::Null => Ok(String::new()),
-        serde_json::Value::String(text) => Ok(text),
-        serde_json::Value::Array(parts) => parts
-            .iter()
-            .map(|part| match (part["type"].as_str(), part["text"].as_str()) {
-                (Some("text"), Some(text)) => Ok(text),
-                _ => Err(D::Error::custom(format!("`content` has the part {part}, expected parts of type `text`"))),
-            })
-            .collect(),
-        other => Err(D::Error::custom(format!("`content` is {other}, expected a string or a list of text parts"))),
+/// What a turn says. Templates see it as the conversation gives it: one may ask whether it is none or left out, or
+/// walk over its parts.
+#[derive(Debug, Clone, PartialEq, Default, Deserialize)]
+#[serde(try_from = "serde_json::Value")]
+pub enum Content {
+    /// A text.
+    Text(String),
+    /// A list of text parts, `{"type": "text", "text": ..}`, and their concatenation.
+    Parts(Vec<serde_json::Value>, String),
+    /// Null: a turn of tool calls, say.
+    Null,
+    /// The message has no `content`.
+    #[default]
+    Absent,
+}
+
+impl Content {
+    /// The text; empty where there is none.
+    pub fn as_str(&self) -> &str {
+        match self {
+            Self::Text(text) | Self::Parts(_, text) => text,
+            Self::Null | Self::Absent => "",
+        }
+    }
+
+    /// Whether there is no text.
+    pub fn is_empty(&self) -> bool {
+        self.as_str().is_empty()
+    }
+
+    fn is_absent(&self) -> bool {
+        *self == Self::Absent
+    }
+}
+
+impl PartialEq<&str> for Content {
+    fn eq(&self, other: &&str) -> bool {
+        self.as_str() == *other
+    }
+}
+
+impl TryFrom<serde_json::Value> for Content {
+    /// What is wrong with the value.
+    type Error = String;
+
+    fn try_from(value: serde_json::Value) -> std::result::Result<Self, String> {
+        match value {
+            serde_json::Value::Null => Ok(Self::Null),
+            serde_json::Value::String(text) => Ok(Self::Text(text)),
+            serde_json::Value::Array(parts) => {
+                let texts = parts.iter().map(|part| match (part["type"].as_str(), part["text"].as_str()) {
+                    (Some("text"), Some(text)) => Ok(text),
+                    _ => Err(format!("`content` has the part {part}, expected parts of type `text`")),
+                });
+                let text = texts.collect::<std::result::Result<String, String>>()?;
+                Ok(Self::Parts(parts, text))
+            }
+            other => Err(format!("`content` is {other}, expected a string or a list of text parts")),
+        }
+    }
+}
+
+impl Serialize for Content {
+    fn serialize<S: Serializer>(&self, serializer: S) -> std::result::Result<S::Ok, S::Error> {
+        match self {
+            Self::Text(text) => text.serialize(serializer),
+            Self::Parts(parts, _) => parts.serialize(serializer),
+            Self::Null | Self::Absent => serializer.serialize_none(),
+        }
     }
 }
 
@@ -78,6 +134,11 @@ impl ChatTemplate {
         environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
         environment.set_formatter(|out, _, value| python::write_str(out, value));
         environment.add_filter("string", |value: &Value| python::str(value));
+        // As Jinja, it trims the text of any value, the Python text.
+        environment.add_filter("trim", |value: &Value, chars: Option<String>| match chars {
+            None => python::str(value).trim().to_string(),
+            Some(chars) => python::str(value).trim_matches(|c| chars.contains(c)).to_string(),
+        });
         environment.add_filter("tojson", tojson);
         environment.add_function("raise_exception", |message: &str| -> std::result::Result<Value, Error> {
             Err(Error::new(ErrorKind::InvalidOperation, message.to_string()))
@@ -97,11 +158,7 @@ impl ChatTemplate {
     /// [`ModelError::Read`], [`ModelError::Json`], [`ModelError::Field`], [`ModelError::TemplateSyntax`].
     pub fn from_folder(folder: &Path) -> Result<Option<Self>> {
         let (in_config, bos_token, eos_token) = crate::tokenizer::template_of_config(folder)?;
-        let path = folder.join("chat_template.jinja");
-        let source = match path.exists() {
-            true => Some(std::fs::read_to_string(&path).map_err(|source| ModelError::Read { path, source })?),
-            false => in_config,
-        };
+        let source = crate::tokenizer::template_file(folder)?.or(in_config);
         source.map(|source| Self::new(&source, bos_token.as_deref(), eos_token.as_deref())).transpose()
     }
 
@@ -224,15 +281,28 @@ mod tests {
     }
 
     #[test]
-    fn contents_may_be_null_or_parts_of_text() {
-        let message: Message = serde_json::from_value(
-            json!({"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}),
-        )
-        .unwrap();
-        assert_eq!(message.content, "ab");
-        let message: Message =
-            serde_json::from_value(json!({"role": "assistant", "content": null, "tool_calls": []})).unwrap();
+    fn contents_may_be_null_absent_or_parts_of_text() {
+        let read = |json: serde_json::Value| serde_json::from_value::<Message>(json);
+        let parts = json!({"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]});
+        assert_eq!(read(parts.clone()).unwrap().content, "ab");
+        let null = json!({"role": "assistant", "content": null, "tool_calls": []});
+        let message = read(null.clone()).unwrap();
         assert_eq!((message.content.as_str(), message.extra.len()), ("", 1));
-        assert!(serde_json::from_value::<Message>(json!({"role": "user", "content": [{"type": "image"}]})).is_err());
+        let absent = json!({"role": "assistant", "tool_calls": []});
+        for json in [parts, null, absent] {
+            assert_eq!(serde_json::to_value(read(json.clone()).unwrap()).unwrap(), json, "written as it was read");
+        }
+        assert!(read(json!({"role": "user", "content": [{"type": "image"}]})).is_err());
+        assert!(read(json!({"role": "user", "content": 1})).is_err());
+    }
+
+    #[test]
+    fn a_template_can_tell_null_from_absent_and_walk_over_parts() {
+        let source = "{% for m in messages %}[{% if m.content is not defined %}absent{% elif m.content is none %}null\
+            {% elif m.content is string %}{{ m.content }}{% else %}{% for p in m.content %}({{ p.text }}){% endfor %}\
+            {% endif %}]{% endfor %}";
+        let messages = json!([{"role": "a"}, {"role": "a", "content": null}, {"role": "a", "content": "x"},
+            {"role": "a", "content": [{"type": "text", "text": "y"}, {"type": "text", "text": "z"}]}]);
+        assert_eq!(render(source, messages).unwrap(), "[absent][null][x][(y)(z)]");
     }
 }

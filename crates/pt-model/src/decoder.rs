@@ -231,7 +231,7 @@ impl CausalLm {
             loader.linear("lm_head", hidden, vocab, false, false)?
         };
         loader.check_all_used()?;
-        let rope = (!gpt2).then(|| Rope::new(config, device)).transpose()?.map(RefCell::new);
+        let rope = (!gpt2).then(|| RefCell::new(Rope::new(config, device)));
         Ok(Self {
             config: config.clone(),
             device,
@@ -360,6 +360,10 @@ impl CausalLm {
         sites: &Rc<dyn Sites>,
         options: RunOptions,
     ) -> Result<Tensor> {
+        let (length, context) = (positions.f_max()?.int64_value(&[]) + 1, self.config.max_position_embeddings);
+        if length > context {
+            return Err(ModelError::TooLong { length: length as usize, context: context as usize });
+        }
         let replaced = sites.parameter(self.embed_path);
         let table = replaced.as_ref().unwrap_or(&self.embedding);
         let mut hidden_states = Tensor::f_embedding(table, input_ids, -1, false, false)?.to_kind(self.kind);
@@ -367,7 +371,7 @@ impl CausalLm {
             hidden_states += table.f_index_select(0, positions)?;
         }
         hidden_states = sites.embedding(input_ids, hidden_states)?;
-        let rotary = self.rope.as_ref().map(|rope| rope.borrow_mut().at(positions)).transpose()?;
+        let rotary = self.rope.as_ref().map(|rope| rope.borrow_mut().at(positions, length));
         for layer in &self.layers {
             hidden_states = if options.is_checkpointed {
                 // A reentrant checkpoint needs an input that asks for a gradient, also below the first adapter.
@@ -377,10 +381,9 @@ impl CausalLm {
                 let (layer, attend, sites) = (layer.clone(), attend.clone(), sites.clone());
                 let rotary = rotary.as_ref().map(|(cos, sin)| (cos.shallow_clone(), sin.shallow_clone()));
                 pt_tensor::checkpoint(&[&hidden_states], move |inputs| {
-                    layer.forward(&inputs[0], rotary.as_ref(), attend.as_ref(), sites.as_ref()).map_err(|e| match e {
-                        ModelError::Tensor(e) => e,
-                        other => TensorError::Backward(other.to_string()),
-                    })
+                    layer
+                        .forward(&inputs[0], rotary.as_ref(), attend.as_ref(), sites.as_ref())
+                        .map_err(TensorError::from)
                 })?
             } else {
                 layer.forward(&hidden_states, rotary.as_ref(), attend.as_ref(), sites.as_ref())?
@@ -420,10 +423,7 @@ impl CausalLm {
         let hidden_states = self.run(&batch.input_ids, &batch.positions, self.packed(batch), sites, run)?;
         let predictors = hidden_states.f_index_select(0, &batch.label_positions)?;
         let predictors = self.final_norm.forward(&predictors, sites.as_ref())?;
-        let weight = match sites.parameter("lm_head.weight") {
-            Some(weight) => weight.to_kind(self.kind),
-            None => self.lm_head.weight.dense()?,
-        };
+        let (predictors, weight) = sites.output(&self.lm_head, &predictors)?;
         Ok(pt_tensor::label_logprobs(&predictors, &weight, &batch.label_ids, options)?)
     }
 
@@ -432,10 +432,7 @@ impl CausalLm {
     /// # Errors
     /// When the shapes do not fit.
     pub fn logits(&self, hidden_states: &Tensor, sites: &dyn Sites) -> Result<Tensor> {
-        match sites.parameter("lm_head.weight") {
-            Some(weight) => Ok(hidden_states.f_linear(&weight.to_kind(self.kind), None::<Tensor>)?),
-            None => sites.linear(&self.lm_head, hidden_states),
-        }
+        sites.linear(&self.lm_head, hidden_states)
     }
 
     /// One step over a cache: `[tokens]` ids at positions → logits of `last` tokens, `[last.len(), vocab_size]`.
@@ -557,14 +554,7 @@ impl Loader<'_> {
 
     /// Strict loading: a tensor that nothing used means that the architecture is not the one we think.
     fn check_all_used(&self) -> Result<()> {
-        let is_known = |name: &str| {
-            self.used.iter().any(|used| used == name)
-                // Buffers that old checkpoints carry: causal masks and rotary frequencies.
-                || name.ends_with(".attn.bias")
-                || name.ends_with(".attn.masked_bias")
-                || name.ends_with(".rotary_emb.inv_freq")
-        };
-        let extra: Vec<String> = self.source.names().into_iter().filter(|name| !is_known(name)).collect();
+        let extra: Vec<String> = self.source.names().into_iter().filter(|name| !self.used.contains(name)).collect();
         if extra.is_empty() {
             return Ok(());
         }

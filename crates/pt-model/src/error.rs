@@ -12,7 +12,7 @@ pub type Result<T> = std::result::Result<T, ModelError>;
 pub enum ModelError {
     /// An error of the tensor layer.
     #[error(transparent)]
-    Tensor(#[from] TensorError),
+    Tensor(TensorError),
     /// A file could not be read.
     #[error("cannot read {}", path.display())]
     Read {
@@ -159,6 +159,16 @@ pub enum ModelError {
         /// Tokens the model can see.
         context: usize,
     },
+    /// The model's output is no distribution.
+    #[error("completion {row}, token {position}: the largest logit is {found}, expected a finite number")]
+    NonFinite {
+        /// The completion, counted through all prompts.
+        row: usize,
+        /// The token that was to be chosen, from 0.
+        position: usize,
+        /// The largest logit.
+        found: f32,
+    },
     /// Tensors that no part of the architecture uses.
     #[error("{}: {} tensors fit no part of this architecture: {}", path.display(), names.len(), some(names))]
     UnexpectedTensors {
@@ -186,6 +196,29 @@ pub enum ModelError {
         /// What it may be.
         expected: String,
     },
+}
+
+impl From<TensorError> for ModelError {
+    fn from(error: TensorError) -> Self {
+        match error {
+            // One of ours that came through a callback of the tensor layer, a checkpointed layer's say.
+            TensorError::Other { error, hint } => match error.downcast::<Self>() {
+                Ok(own) => *own,
+                Err(error) => Self::Tensor(TensorError::Other { error, hint }),
+            },
+            other => Self::Tensor(other),
+        }
+    }
+}
+
+/// For callbacks of the tensor layer; the way back gives the same error.
+impl From<ModelError> for TensorError {
+    fn from(error: ModelError) -> Self {
+        match error {
+            ModelError::Tensor(error) => error,
+            other => Self::Other { hint: other.hint(), error: Box::new(other) },
+        }
+    }
 }
 
 impl From<TchError> for ModelError {
@@ -230,6 +263,7 @@ impl ModelError {
             Self::Batch { .. } => Some("each group needs a completion, a token, and one mask entry per completion token".into()),
             Self::TooLong { .. } => Some("shorten the prompt, or set a lower max_length or max_new_tokens".into()),
             Self::UnexpectedTensors { .. } => Some("config.json may belong to another model, or the checkpoint holds an adapter or a head: load those with --adapter".into()),
+            Self::NonFinite { .. } => Some("the weights or the adapter hold NaN or infinity, or f16 overflows: try --dtype bf16 or f32".into()),
             Self::InUse => Some("drop the losses of earlier steps before weights are exchanged".into()),
             Self::Argument { .. } | Self::Unsupported { .. } => None,
         }

@@ -40,11 +40,11 @@ mod sites;
 mod tokenizer;
 
 pub use batch::{Completion, PackedBatch, PromptGroup};
-pub use chat_template::{ChatTemplate, Message};
+pub use chat_template::{ChatTemplate, Content, Message};
 pub use config::{Activation, Architecture, ModelConfig, RopeScaling};
 pub use decoder::{CausalLm, RunOptions};
 pub use error::{ModelError, Result};
-pub use generate::{FinishReason, GenerateConfig, Generated, generate};
+pub use generate::{FinishReason, GenerateConfig, Generated, check_prompt, generate};
 pub use load::{Pretrained, TensorSource};
 pub use pt_tensor::{AttentionPlan, Segment};
 pub use sites::{Bare, Branch, Linear, Sites};

@@ -1,7 +1,6 @@
 //! Rotary position tables, made as positions come to be needed.
 
 use crate::config::{ModelConfig, RopeScaling};
-use crate::{ModelError, Result};
 use pt_tensor::{Device, Kind, Tensor};
 
 /// Cosines and sines by position, `[positions, head_dim / 2]` f32, grown in powers of two.
@@ -9,12 +8,11 @@ use pt_tensor::{Device, Kind, Tensor};
 pub(crate) struct Rope {
     inverse_frequencies: Tensor,
     table: (Tensor, Tensor),
-    max_positions: i64,
     device: Device,
 }
 
 impl Rope {
-    pub(crate) fn new(config: &ModelConfig, device: Device) -> Result<Self> {
+    pub(crate) fn new(config: &ModelConfig, device: Device) -> Self {
         let half = config.head_dim / 2;
         let frequencies: Vec<f32> = (0..half)
             .map(|i| {
@@ -29,27 +27,18 @@ impl Rope {
             .collect();
         let inverse_frequencies = Tensor::from_slice(&frequencies);
         let empty = || Tensor::zeros([0, half], (Kind::Float, device));
-        Ok(Self {
-            inverse_frequencies,
-            table: (empty(), empty()),
-            max_positions: config.max_position_embeddings,
-            device,
-        })
+        Self { inverse_frequencies, table: (empty(), empty()), device }
     }
 
-    /// `(cos, sin)`, each `[tokens, head_dim / 2]`, of `positions: [tokens]`.
-    pub(crate) fn at(&mut self, positions: &Tensor) -> Result<(Tensor, Tensor)> {
-        let needed = positions.max().int64_value(&[]) + 1;
-        if needed > self.max_positions {
-            return Err(ModelError::TooLong { length: needed as usize, context: self.max_positions as usize });
-        }
-        if self.table.0.size()[0] < needed {
-            let rows = (needed as u64).next_power_of_two().max(256) as i64;
+    /// `(cos, sin)`, each `[tokens, head_dim / 2]`, of `positions: [tokens]`, all under `length`.
+    pub(crate) fn at(&mut self, positions: &Tensor, length: i64) -> (Tensor, Tensor) {
+        if self.table.0.size()[0] < length {
+            let rows = (length as u64).next_power_of_two().max(256) as i64;
             let angles = Tensor::arange(rows, (Kind::Float, Device::Cpu)).outer(&self.inverse_frequencies);
             self.table = (angles.cos().to_device(self.device), angles.sin().to_device(self.device));
         }
         let (cos, sin) = &self.table;
-        Ok((cos.index_select(0, positions), sin.index_select(0, positions)))
+        (cos.index_select(0, positions), sin.index_select(0, positions))
     }
 }
 

@@ -53,6 +53,19 @@ pub trait Sites: std::fmt::Debug {
         layer.forward(hidden_states)
     }
 
+    /// What the output layer scores labels with: states `[num_labels, n]` and a weight `[vocab_size, n]` whose product
+    /// is what [`linear`](Self::linear) gives for `hidden_states: [num_labels, hidden_size]`. Log-probs at labels pass
+    /// over the weight in tiles and never ask for that product whole.
+    ///
+    /// n is `hidden_size`, or more: a low-rank update x·Wᵀ + (x·Aᵀ)·Bᵀ is \[x, x·Aᵀ\] · \[W, B\]ᵀ, which rounds
+    /// nothing that the two products do not.
+    ///
+    /// # Errors
+    /// When the shapes do not fit, or the weight cannot be decoded.
+    fn output(&self, layer: &Linear, hidden_states: &Tensor) -> Result<(Tensor, Tensor)> {
+        Ok((hidden_states.shallow_clone(), layer.weight.dense()?))
+    }
+
     /// The input embedding, `[total_tokens, hidden_size]`, for `input_ids: [total_tokens]`.
     ///
     /// # Errors
@@ -77,8 +90,8 @@ pub trait Sites: std::fmt::Debug {
         Ok(hidden_states)
     }
 
-    /// A replacement for a whole parameter outside the linear layers, by its path (`model.embed_tokens.weight`,
-    /// `lm_head.weight`, a norm): how `modules_to_save` takes effect.
+    /// A replacement for a whole parameter outside the linear layers, by its path (`model.embed_tokens.weight`, a
+    /// norm): how `modules_to_save` takes effect.
     fn parameter(&self, _path: &str) -> Option<Tensor> {
         None
     }

@@ -23,6 +23,10 @@ pub struct Tokenizer {
     pub eos_ids: Vec<i64>,
     /// `tokenizer_config.json`, kept for export.
     config: Map<String, Value>,
+    /// `generation_config.json`, kept for export.
+    generation_config: Map<String, Value>,
+    /// `chat_template.jinja`, kept for export.
+    template_file: Option<String>,
 }
 
 /// How a byte-level BPE splits text before merging, by the name in `tokenizer.ggml.pre`.
@@ -92,12 +96,9 @@ impl Tokenizer {
         let path = folder.join("tokenizer.json");
         let bytes = std::fs::read(&path).map_err(|source| ModelError::Read { path: path.clone(), source })?;
         let config_path = folder.join("tokenizer_config.json");
-        let config = match read_json_if_there(&config_path)? {
-            None => Map::new(),
-            Some(Value::Object(config)) => config,
-            Some(other) => return Err(ModelError::field(&config_path, "content", other.to_string(), "a JSON object")),
-        };
-        let mut tokenizer = Self::from_json(&path, &bytes, config)?;
+        let mut tokenizer = Self::from_json(&path, &bytes, object_if_there(&config_path)?)?;
+        tokenizer.generation_config = object_if_there(&folder.join("generation_config.json"))?;
+        tokenizer.template_file = template_file(folder)?;
         for key in ["bos_token", "eos_token"] {
             let token = special_token(&config_path, &tokenizer.config, key)?;
             if let Some(token) = token.as_deref().filter(|token| tokenizer.token_to_id(token).is_none()) {
@@ -207,7 +208,17 @@ impl Tokenizer {
         inner.with_padding(None);
         let processor = serde_json::to_value(inner.get_post_processor());
         let bos_to_add = leading_special(&processor.unwrap_or_default());
-        Ok(Self { path: path.into(), inner, bos_token: None, eos_token: None, bos_to_add, eos_ids: vec![], config })
+        Ok(Self {
+            path: path.into(),
+            inner,
+            bos_token: None,
+            eos_token: None,
+            bos_to_add,
+            eos_ids: vec![],
+            config,
+            generation_config: Map::new(),
+            template_file: None,
+        })
     }
 
     fn add_eos(&mut self, id: i64) {
@@ -281,19 +292,54 @@ impl Tokenizer {
         self.eos_token.as_deref()
     }
 
-    /// Writes `tokenizer.json` and `tokenizer_config.json` (with the chat template that it carries) to a folder,
-    /// as transformers reads them.
+    /// Writes `tokenizer.json`, `tokenizer_config.json`, `generation_config.json` with the end ids, and the chat template
+    /// (inside `tokenizer_config.json` or as `chat_template.jinja`, wherever it stood) to a folder, as transformers reads
+    /// them.
     ///
     /// # Errors
     /// [`ModelError::Tokenizer`], or [`ModelError::Tensor`] for a file that cannot be written.
     pub fn save(&self, folder: &Path) -> Result<()> {
         let json = self.inner.to_string(true).map_err(|error| self.failed(error))?;
         write_atomically(&folder.join("tokenizer.json"), |out| out.write_all(json.as_bytes()))?;
-        let path = folder.join("tokenizer_config.json");
-        let config = serde_json::to_vec_pretty(&self.config)
-            .map_err(|source| ModelError::Json { path: path.clone(), source })?;
-        Ok(write_atomically(&path, |out| out.write_all(&config))?)
+        write_json(&folder.join("tokenizer_config.json"), &self.config)?;
+        let mut generation_config = self.generation_config.clone();
+        match self.eos_ids.as_slice() {
+            [] => {}
+            [id] => drop(generation_config.insert("eos_token_id".into(), (*id).into())),
+            ids => drop(generation_config.insert("eos_token_id".into(), ids.into())),
+        }
+        if !generation_config.is_empty() {
+            write_json(&folder.join("generation_config.json"), &generation_config)?;
+        }
+        if let Some(template) = &self.template_file {
+            write_atomically(&folder.join(TEMPLATE_FILE), |out| out.write_all(template.as_bytes()))?;
+        }
+        Ok(())
     }
+}
+
+/// Where transformers keeps the chat template since its release 5; it goes before the one in `tokenizer_config.json`.
+const TEMPLATE_FILE: &str = "chat_template.jinja";
+
+/// The text of a folder's `chat_template.jinja`, if it has one.
+pub(crate) fn template_file(folder: &Path) -> Result<Option<String>> {
+    let path = folder.join(TEMPLATE_FILE);
+    let read = || std::fs::read_to_string(&path).map_err(|source| ModelError::Read { path: path.clone(), source });
+    path.exists().then(read).transpose()
+}
+
+/// The object of a JSON file; an empty one where there is no file.
+fn object_if_there(path: &Path) -> Result<Map<String, Value>> {
+    match read_json_if_there(path)? {
+        None => Ok(Map::new()),
+        Some(Value::Object(object)) => Ok(object),
+        Some(other) => Err(ModelError::field(path, "content", other.to_string(), "a JSON object")),
+    }
+}
+
+fn write_json(path: &Path, object: &Map<String, Value>) -> Result<()> {
+    let text = serde_json::to_vec_pretty(object).map_err(|source| ModelError::Json { path: path.into(), source })?;
+    Ok(write_atomically(path, |out| out.write_all(&text))?)
 }
 
 /// The special token that a post-processor of `tokenizer.json` puts before a text.

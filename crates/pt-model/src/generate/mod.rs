@@ -2,6 +2,7 @@
 
 mod cache;
 mod sample;
+mod stop;
 
 use crate::decoder::CausalLm;
 use crate::sites::Sites;
@@ -12,6 +13,7 @@ use pt_tensor::{Tensor, no_grad};
 use sample::Sampler;
 use serde::{Deserialize, Serialize};
 use std::rc::Rc;
+use stop::StopTexts;
 
 /// How tokens are chosen and when a row ends. The defaults are greedy.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -29,7 +31,7 @@ pub struct GenerateConfig {
     pub min_p: f64,
     /// Divides positive and multiplies negative logits of tokens already in the row (Keskar et al. 2019); 1 for none.
     pub repetition_penalty: f64,
-    /// A completion ends before the first of these texts.
+    /// A completion ends before the first of these texts; none may be empty.
     pub stop: Vec<String>,
     /// A completion ends with the first of these tokens (the model's own end tokens are added by the caller).
     pub stop_ids: Vec<i64>,
@@ -87,6 +89,9 @@ impl GenerateConfig {
         if self.num_samples == 0 {
             return wrong("num_samples", "0".into(), "at least 1");
         }
+        if self.stop.iter().any(String::is_empty) {
+            return wrong("stop", format!("{:?}", self.stop), "texts of at least one character");
+        }
         Ok(())
     }
 }
@@ -95,7 +100,7 @@ impl GenerateConfig {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum FinishReason {
-    /// A stop token, which is the last of `token_ids`, or a stop text.
+    /// A stop token, which is the last of `token_ids`, or a stop text, which is cut off.
     Stop,
     /// `max_new_tokens`, or the end of the context.
     Length,
@@ -106,8 +111,11 @@ pub enum FinishReason {
 /// One completion.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Generated {
-    /// The tokens, a stop token included.
+    /// The tokens, a stop token included. Before a stop text, the fewest that hold all text up to it: should it begin
+    /// inside a token, that token is the last.
     pub token_ids: Vec<i64>,
+    /// The text without special tokens and without what ended it; `None` when no tokenizer was given.
+    pub text: Option<String>,
     /// Log-prob of each token in nats, if asked for.
     pub logprobs: Option<Vec<f32>>,
     /// Why it ended.
@@ -123,17 +131,42 @@ struct Row {
     sampler: Sampler,
     room: usize,
     finish_reason: Option<FinishReason>,
+    /// Tokens that the callback has heard.
+    heard: usize,
+    /// The text, once a stop text has cut it.
+    text: Option<String>,
+}
+
+/// Whether [`generate`] can complete a prompt, so that a bad one among many is found before the work.
+///
+/// # Errors
+/// [`ModelError::TooLong`] for a prompt that leaves no room in the context, [`ModelError::Argument`] for an empty one or a
+/// token id outside the vocabulary.
+pub fn check_prompt(model: &CausalLm, prompt: &[i64]) -> Result<()> {
+    let context = model.config().max_position_embeddings as usize;
+    let wrong = |found: String, expected: String| Err(ModelError::Argument { what: "prompt".into(), found, expected });
+    if prompt.is_empty() {
+        return wrong("empty".into(), "at least one token".into());
+    }
+    if prompt.len() >= context {
+        return Err(ModelError::TooLong { length: prompt.len() + 1, context });
+    }
+    match prompt.iter().find(|&&id| id < 0 || id >= model.config().vocab_size) {
+        Some(id) => wrong(id.to_string(), format!("a token id in 0..{}", model.config().vocab_size)),
+        None => Ok(()),
+    }
 }
 
 /// Completes prompts, `num_samples` each; row p · num_samples + s is sample s of prompt p.
 ///
-/// `tokenizer` is needed for stop texts only. `on_token(row, token)` hears every token at once and returns whether
-/// the row goes on. Results do not depend on what else is in the batch beyond floating-point rounding of products
+/// `tokenizer` is needed for stop texts and [`Generated::text`]. `on_token(row, token)` hears every token and returns
+/// whether the row goes on: at once, but a token that may be part of a stop text is held back until that is
+/// decided, and one that is part of it is not heard. Results do not depend on what else is in the batch beyond floating-point rounding of products
 /// of another size.
 ///
 /// # Errors
-/// [`ModelError::TooLong`] for a prompt that leaves no room in the context, [`ModelError::Argument`] for settings out of
-/// range, an empty prompt, or a token id outside the vocabulary.
+/// [`ModelError::Argument`] for settings out of range and stop texts without a tokenizer, those of [`check_prompt`],
+/// and [`ModelError::NonFinite`] when the logits are NaN or infinite.
 pub fn generate(
     model: &CausalLm,
     tokenizer: Option<&Tokenizer>,
@@ -143,29 +176,22 @@ pub fn generate(
     mut on_token: impl FnMut(usize, i64) -> bool,
 ) -> Result<Vec<Generated>> {
     config.validate()?;
+    if tokenizer.is_none() && !config.stop.is_empty() {
+        return Err(ModelError::Argument {
+            what: "tokenizer".into(),
+            found: "none".into(),
+            expected: "one, to find the texts of `stop` (or give `stop_ids`)".into(),
+        });
+    }
+    let stops = tokenizer.filter(|_| !config.stop.is_empty()).map(|t| StopTexts { tokenizer: t, texts: &config.stop });
     if prompts.is_empty() {
         return Ok(vec![]);
     }
     let context = model.config().max_position_embeddings as usize;
-    for prompt in prompts {
-        if prompt.is_empty() {
-            return Err(ModelError::Argument {
-                what: "prompt".into(),
-                found: "empty".into(),
-                expected: "at least one token".into(),
-            });
-        }
-        if prompt.len() >= context {
-            return Err(ModelError::TooLong { length: prompt.len() + 1, context });
-        }
-        if let Some(id) = prompt.iter().find(|&&id| id < 0 || id >= model.config().vocab_size) {
-            let expected = format!("a token id in 0..{}", model.config().vocab_size);
-            return Err(ModelError::Argument { what: "prompt".into(), found: id.to_string(), expected });
-        }
-    }
+    prompts.iter().try_for_each(|prompt| check_prompt(model, prompt))?;
     no_grad(|| {
         let longest = prompts.iter().map(Vec::len).max().unwrap_or(0);
-        let capacity = (longest + config.max_new_tokens).min(context);
+        let capacity = longest.saturating_add(config.max_new_tokens).min(context);
         let cache = Rc::new(Cache::new(model, prompts.len() * config.num_samples, capacity));
         let mut rows = Vec::new();
         for (p, prompt) in prompts.iter().enumerate() {
@@ -179,6 +205,8 @@ pub fn generate(
                     logprobs: vec![],
                     sampler: Sampler::new(config, config.first_prompt + p as u64, s as u64),
                     finish_reason: None,
+                    heard: 0,
+                    text: None,
                 });
             }
         }
@@ -186,7 +214,7 @@ pub fn generate(
         // [prompts, vocab]; each of a prompt's samples starts from the same distribution.
         let logits = logits.repeat_interleave_self_int(config.num_samples as i64, 0, None);
         let mut active: Vec<usize> = (0..rows.len()).collect();
-        choose(&mut rows, &active, &logits, config, tokenizer, &mut on_token)?;
+        choose(&mut rows, &active, &logits, config, stops.as_ref(), &mut on_token)?;
         loop {
             active.retain(|&row| rows[row].finish_reason.is_none());
             if active.is_empty() {
@@ -201,17 +229,33 @@ pub fn generate(
             let (ids, positions) =
                 (Tensor::from_slice(&ids).to_device(device), Tensor::from_slice(&positions).to_device(device));
             let logits = model.step(&ids, &positions, attend, None, sites)?;
-            choose(&mut rows, &active, &logits, config, tokenizer, &mut on_token)?;
+            choose(&mut rows, &active, &logits, config, stops.as_ref(), &mut on_token)?;
         }
-        Ok(rows
-            .into_iter()
-            .map(|row| Generated {
-                token_ids: row.token_ids,
-                logprobs: config.with_logprobs.then_some(row.logprobs),
-                finish_reason: row.finish_reason.unwrap_or(FinishReason::Length),
-            })
-            .collect())
+        rows.into_iter().map(|row| row.finished(config, tokenizer)).collect()
     })
+}
+
+impl Row {
+    fn finished(self, config: &GenerateConfig, tokenizer: Option<&Tokenizer>) -> Result<Generated> {
+        let finish_reason = self.finish_reason.unwrap_or(FinishReason::Length);
+        let text = match (self.text, tokenizer) {
+            (None, Some(tokenizer)) => {
+                // A stop token need not be special, and is no text of the completion either way.
+                let ends = usize::from(self.token_ids.last().is_some_and(|id| config.stop_ids.contains(id)));
+                Some(tokenizer.decode(&self.token_ids[..self.token_ids.len() - ends], true)?)
+            }
+            (text, _) => text,
+        };
+        let logprobs = config.with_logprobs.then_some(self.logprobs);
+        Ok(Generated { token_ids: self.token_ids, text, logprobs, finish_reason })
+    }
+
+    /// Lets the callback hear the tokens before `end` that it has not heard; returns whether the row goes on.
+    fn tell(&mut self, index: usize, end: usize, on_token: &mut impl FnMut(usize, i64) -> bool) -> bool {
+        let from = self.heard.min(end);
+        self.heard = self.heard.max(end);
+        self.token_ids[from..end].iter().all(|&token| on_token(index, token))
+    }
 }
 
 /// Computes the prompts, packed, into the cache rows of their samples; returns the logits after each prompt.
@@ -243,13 +287,19 @@ fn choose(
     active: &[usize],
     logits: &Tensor,
     config: &GenerateConfig,
-    tokenizer: Option<&Tokenizer>,
+    stops: Option<&StopTexts<'_>>,
     on_token: &mut impl FnMut(usize, i64) -> bool,
 ) -> Result<()> {
     let logits = logits.to_kind(pt_tensor::Kind::Float).to_device(pt_tensor::Device::Cpu);
+    let (largest, most_probable) = logits.max_dim(-1, false); // NaN, where there is one, counts as the largest
+    for (&index, found) in active.iter().zip(Vec::<f32>::try_from(largest)?) {
+        if !found.is_finite() {
+            return Err(ModelError::NonFinite { row: index, position: rows[index].token_ids.len(), found });
+        }
+    }
     // The common case takes no copy of the logits.
     let greedy = match config.temperature == 0.0 && config.repetition_penalty == 1.0 && !config.with_logprobs {
-        true => Some(Vec::<i64>::try_from(logits.argmax(-1, false))?),
+        true => Some(Vec::<i64>::try_from(most_probable)?),
         false => None,
     };
     for (i, &index) in active.iter().enumerate() {
@@ -263,20 +313,31 @@ fn choose(
         };
         row.token_ids.push(token);
         row.logprobs.push(logprob);
-        let goes_on = on_token(index, token);
-        let is_stop_text = match tokenizer.filter(|_| !config.stop.is_empty()) {
-            Some(tokenizer) => {
-                let text = tokenizer.decode(&row.token_ids, false)?;
-                config.stop.iter().any(|stop| text.contains(stop.as_str()))
-            }
-            None => false,
+        let len = row.token_ids.len();
+        let is_stop_id = config.stop_ids.contains(&token);
+        let seen = match stops {
+            Some(stops) => stops.look(&row.token_ids, row.heard)?,
+            None => stop::Seen::Settled(len),
         };
-        if config.stop_ids.contains(&token) || is_stop_text {
-            row.finish_reason = Some(FinishReason::Stop);
-        } else if !goes_on {
-            row.finish_reason = Some(FinishReason::Cancelled);
-        } else if row.token_ids.len() >= row.room {
-            row.finish_reason = Some(FinishReason::Length);
+        match seen {
+            stop::Seen::Stop { kept, before, text } => {
+                row.tell(index, before, on_token);
+                row.token_ids.truncate(kept);
+                row.logprobs.truncate(kept);
+                (row.text, row.finish_reason) = (Some(text), Some(FinishReason::Stop));
+            }
+            stop::Seen::Settled(settled) => {
+                row.finish_reason = match () {
+                    () if is_stop_id => Some(FinishReason::Stop),
+                    () if len >= row.room => Some(FinishReason::Length),
+                    () => None,
+                };
+                // Nothing follows the last token that could make a stop text of it.
+                let end = if row.finish_reason.is_some() { len } else { settled };
+                if !row.tell(index, end, on_token) && !is_stop_id {
+                    row.finish_reason = Some(FinishReason::Cancelled);
+                }
+            }
         }
     }
     Ok(())

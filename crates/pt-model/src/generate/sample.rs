@@ -54,27 +54,37 @@ impl Sampler {
         (token as i64, (scaled[token] - log_sum) as f32)
     }
 
+    /// Draws among the tokens that top-k, top-p and min-p leave, in transformers' order.
+    ///
+    /// All three keep the most probable tokens, so the shortest of their cuts decides, and only tokens that can
+    /// survive are sorted: those of the top k, those that min-p keeps, and for top-p those that are not in the
+    /// tail of n tokens below (1 - p) / n, which together do not weigh what top-p leaves out.
     fn draw(&mut self, scaled: &[f64], log_sum: f64) -> usize {
         let mut candidates: Vec<(usize, f64)> =
             scaled.iter().enumerate().map(|(id, s)| (id, (s - log_sum).exp())).collect();
-        let is_cut = self.top_k > 0 || self.top_p < 1.0 || self.min_p > 0.0;
-        if is_cut {
-            // By probability, ties by id: a total order, so the choice does not depend on the sort.
-            candidates.sort_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
-            if self.top_k > 0 {
-                candidates.truncate(self.top_k);
-            }
-            let kept: f64 = candidates.iter().map(|c| c.1).sum();
-            if self.top_p < 1.0 {
-                let mut sum = 0.0;
-                let needed = candidates.iter().position(|c| {
-                    sum += c.1 / kept;
-                    sum >= self.top_p
-                });
-                candidates.truncate(needed.map_or(candidates.len(), |last| last + 1));
-            }
-            let least = candidates.first().map_or(0.0, |c| c.1 * self.min_p);
+        // By probability, ties by id: a total order, so the choice does not depend on the sort.
+        let order = |a: &(usize, f64), b: &(usize, f64)| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0));
+        if self.top_k > 0 && self.top_k < candidates.len() {
+            candidates.select_nth_unstable_by(self.top_k - 1, order);
+            candidates.truncate(self.top_k);
+        }
+        let kept: f64 = candidates.iter().map(|c| c.1).sum();
+        if self.top_p < 1.0 || self.min_p > 0.0 {
+            let most = candidates.iter().map(|c| c.1).fold(0.0, f64::max);
+            let tail = (1.0 - self.top_p) * kept / candidates.len() as f64;
+            let least = (most * self.min_p).max(tail.min(most));
             candidates.retain(|c| c.1 >= least);
+        }
+        if self.top_k > 0 || self.top_p < 1.0 || self.min_p > 0.0 {
+            candidates.sort_unstable_by(order);
+        }
+        if self.top_p < 1.0 {
+            let mut sum = 0.0;
+            let needed = candidates.iter().position(|c| {
+                sum += c.1 / kept;
+                sum >= self.top_p
+            });
+            candidates.truncate(needed.map_or(candidates.len(), |last| last + 1));
         }
         let total: f64 = candidates.iter().map(|c| c.1).sum();
         let mut left = self.generator.random::<f64>() * total;
@@ -118,6 +128,51 @@ mod tests {
         assert_eq!(highest(GenerateConfig { top_p: 0.75, ..base.clone() }), 1);
         assert_eq!(highest(GenerateConfig { min_p: 0.2, ..base.clone() }), 2);
         assert_eq!(highest(base), 3);
+    }
+
+    /// The cuts one after another, each over the whole sorted vocabulary, as transformers makes them.
+    fn survivors(probabilities: &[f64], config: &GenerateConfig) -> Vec<usize> {
+        let mut sorted: Vec<(usize, f64)> = probabilities.iter().copied().enumerate().collect();
+        sorted.sort_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
+        if config.top_k > 0 {
+            sorted.truncate(config.top_k);
+        }
+        let total: f64 = sorted.iter().map(|c| c.1).sum();
+        let mut before = 0.0;
+        sorted.retain(|c| {
+            let keeps = before / total < config.top_p;
+            before += c.1;
+            keeps
+        });
+        let least = sorted[0].1 * config.min_p;
+        sorted.into_iter().filter(|c| c.1 >= least).map(|c| c.0).collect()
+    }
+
+    #[test]
+    fn cuts_leave_what_sorting_everything_leaves() {
+        // Few tokens, so that thousands of draws meet every survivor; two ties among them.
+        let logits: Vec<f32> = (0..12).map(|i| ((i * 7 % 11) as f32 * 0.4).min(3.2)).collect();
+        let weights: Vec<f64> = logits.iter().map(|&l| f64::from(l).exp()).collect();
+        let total: f64 = weights.iter().sum();
+        let probabilities: Vec<f64> = weights.iter().map(|w| w / total).collect();
+        for (top_k, top_p, min_p) in [
+            (0, 1.0, 0.0),
+            (5, 1.0, 0.0),
+            (50, 0.7, 0.0),
+            (0, 0.55, 0.0),
+            (0, 0.93, 0.12),
+            (7, 0.8, 0.3),
+            (3, 0.99, 0.01),
+        ] {
+            let config = GenerateConfig { temperature: 1.0, top_k, top_p, min_p, ..Default::default() };
+            let mut drawn: Vec<usize> =
+                draws(config.clone(), &logits, 4000).into_iter().map(|id| id as usize).collect();
+            drawn.sort_unstable();
+            drawn.dedup();
+            let mut want = survivors(&probabilities, &config);
+            want.sort_unstable();
+            assert_eq!(drawn, want, "top_k {top_k}, top_p {top_p}, min_p {min_p}");
+        }
     }
 
     #[test]

@@ -52,7 +52,6 @@ impl<T: Read + Seek + Send> Source for T {}
 pub struct Gguf {
     path: PathBuf,
     source: Mutex<Box<dyn Source>>,
-    version: u32,
     metadata: Metadata,
     tensors: BTreeMap<String, TensorInfo>,
 }
@@ -87,18 +86,13 @@ impl Gguf {
         let file_len = source.seek(SeekFrom::End(0)).map_err(read)?;
         source.rewind().map_err(read)?;
         let mut header = Header { path, inner: BufReader::with_capacity(1 << 16, &mut source), offset: 0, file_len };
-        let (version, metadata, tensors) = header.parse()?;
-        Ok(Self { path: path.into(), source: Mutex::new(Box::new(source)), version, metadata, tensors })
+        let (metadata, tensors) = header.parse()?;
+        Ok(Self { path: path.into(), source: Mutex::new(Box::new(source)), metadata, tensors })
     }
 
     /// The file.
     pub fn path(&self) -> &Path {
         &self.path
-    }
-
-    /// Format version, 2 or 3.
-    pub fn version(&self) -> u32 {
-        self.version
     }
 
     /// The metadata.
@@ -156,7 +150,7 @@ impl Gguf {
     }
 }
 
-type Parsed = (u32, Metadata, BTreeMap<String, TensorInfo>);
+type Parsed = (Metadata, BTreeMap<String, TensorInfo>);
 
 /// Reads forward through the header, knowing how much of the file is left.
 struct Header<'a, R> {
@@ -261,7 +255,7 @@ impl<R: Read> Header<'_, R> {
             }
         }
         self.place(&mut tensors, alignment)?;
-        Ok((version, metadata, tensors))
+        Ok((metadata, tensors))
     }
 
     /// One row of the tensor table; `start` still counts from the start of the data.

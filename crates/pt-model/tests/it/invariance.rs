@@ -1,6 +1,9 @@
 use super::{bare, max_error, tiny};
-use pt_model::{CausalLm, Completion, GenerateConfig, PackedBatch, PromptGroup, RunOptions, generate};
+use pt_model::{
+    CausalLm, Completion, GenerateConfig, ModelError, PackedBatch, PromptGroup, RunOptions, Sites, generate,
+};
 use pt_tensor::{Device, Kind, LabelLogprobs, Tensor};
+use std::rc::Rc;
 
 const CASES: [&str; 5] = ["llama", "llama_untied", "mistral_sliding", "qwen2", "gpt2"];
 
@@ -83,15 +86,11 @@ fn a_shared_prompt_equals_a_repeated_one_in_values_and_gradients() {
 fn activation_checkpointing_changes_no_gradient() {
     for case in CASES {
         let plain = gradients(case, &rows(), RunOptions::default());
-        // The embedding's gradient comes through a detached input there, so it is left out below the first layer.
         let checkpointed = gradients(case, &rows(), RunOptions { is_checkpointed: true });
-        assert!(checkpointed.len() + 2 >= plain.len(), "{case}");
-        for (name, grad) in &checkpointed {
-            if name.contains("layers.") || name.contains(".h.") {
-                let (_, want) = plain.iter().find(|(other, _)| other == name).unwrap();
-                assert!(max_error(grad, want) < 1e-9, "{case}: {name}");
-            }
-        }
+        let names = |all: &[(String, Tensor)]| all.iter().map(|(name, _)| name.clone()).collect::<Vec<_>>();
+        assert_eq!(names(&checkpointed), names(&plain), "{case}");
+        assert_eq!(plain.len(), tiny(case, Kind::Double).named_parameters().unwrap().len(), "{case}");
+        assert_equal_gradients(case, &checkpointed, &plain);
     }
 }
 
@@ -142,4 +141,43 @@ fn a_prompt_without_room_to_answer_is_refused() {
         generate(&model, None, &[vec![1; context]], &GenerateConfig::default(), &bare(), |_, _| true).unwrap_err();
     assert!(error.to_string().contains(&format!("longer than the context of {context}")), "{error}");
     assert!(error.hint().is_some());
+}
+
+#[test]
+fn a_sequence_past_the_context_is_refused() {
+    for case in CASES {
+        let model = tiny(case, Kind::Float);
+        let context = model.config().max_position_embeddings as usize;
+        let batch = |length: usize| {
+            let group = PromptGroup::single(vec![1; 2], Completion::new(vec![1; length - 2]));
+            PackedBatch::new(&[group], Device::Cpu).unwrap()
+        };
+        let run = |length| model.hidden_states(&batch(length), &bare(), RunOptions::default());
+        assert_eq!(run(context).unwrap().size()[0], context as i64);
+        let error = run(context + 1).unwrap_err();
+        let is_named = matches!(error, ModelError::TooLong { length, context: c } if length == c + 1 && c == context);
+        assert!(is_named, "{case}: {error}");
+    }
+}
+
+/// A method that fails at one kind of site.
+#[derive(Debug)]
+struct Failing;
+
+impl Sites for Failing {
+    fn gap(&self, _layer: usize, _hidden_states: Tensor) -> pt_model::Result<Tensor> {
+        Err(ModelError::TooLong { length: 9, context: 8 })
+    }
+}
+
+#[test]
+fn an_error_inside_a_checkpointed_layer_stays_itself() {
+    let model = tiny("llama", Kind::Float);
+    let batch = PackedBatch::new(&rows(), Device::Cpu).unwrap();
+    let sites: Rc<dyn Sites> = Rc::new(Failing);
+    for is_checkpointed in [false, true] {
+        let error = model.hidden_states(&batch, &sites, RunOptions { is_checkpointed }).unwrap_err();
+        assert!(matches!(error, ModelError::TooLong { length: 9, context: 8 }), "{error:?}");
+        assert!(error.hint().is_some());
+    }
 }

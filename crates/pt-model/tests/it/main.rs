@@ -8,6 +8,7 @@ mod golden;
 mod invariance;
 mod pretrained;
 mod smollm2;
+mod stopping;
 mod tokenizer;
 
 use pt_model::{Bare, CausalLm, Pretrained, Sites};

@@ -1,6 +1,6 @@
 use crate::common::{cases, read_json, smollm2};
 use pt_model::gguf::{Gguf, Value};
-use pt_model::{Pretrained, Tokenizer};
+use pt_model::{ChatTemplate, Pretrained, Tokenizer};
 use serde_json::json;
 use std::path::Path;
 
@@ -60,6 +60,7 @@ fn end_ids_of_a_folder_come_from_all_its_files() {
     let folder = tempfile::tempdir().unwrap();
     let case = cases("tokenizer").into_iter().find(|folder| folder.ends_with("qwen2")).unwrap();
     from_gguf(&case.join("vocab.gguf")).save(folder.path()).unwrap();
+    std::fs::remove_file(folder.path().join("generation_config.json")).unwrap();
     std::fs::write(folder.path().join("config.json"), r#"{"eos_token_id": 7}"#).unwrap();
     assert_eq!(Tokenizer::from_file(folder.path()).unwrap().eos_ids, [2, 7]);
     std::fs::write(folder.path().join("generation_config.json"), r#"{"eos_token_id": [2, 0]}"#).unwrap();
@@ -137,6 +138,35 @@ fn the_begin_token_that_a_gguf_file_asks_for_is_known_and_exported() {
     }
     // SmolLM2's file says no.
     assert_eq!(Pretrained::open(smollm2()).unwrap().tokenizer.unwrap().bos_to_add(), None);
+}
+
+#[test]
+fn an_exported_folder_keeps_its_template_and_its_end_ids() {
+    let case = cases("tokenizer").into_iter().find(|folder| folder.ends_with("qwen2")).unwrap();
+    let [source, target] = [(); 2].map(|()| tempfile::tempdir().unwrap());
+    from_gguf(&case.join("vocab.gguf")).save(source.path()).unwrap();
+    let write = |name: &str, text: &str| std::fs::write(source.path().join(name), text).unwrap();
+    write("chat_template.jinja", "a{{ eos_token }}\n");
+    write("generation_config.json", r#"{"eos_token_id": [0, 5], "temperature": 0.6}"#);
+    let tokenizer = Tokenizer::from_file(source.path()).unwrap();
+    tokenizer.save(target.path()).unwrap();
+    assert_eq!(Tokenizer::from_file(target.path()).unwrap().eos_ids, tokenizer.eos_ids);
+    assert_eq!(tokenizer.eos_ids, [2, 0, 5]);
+    assert_eq!(std::fs::read_to_string(target.path().join("chat_template.jinja")).unwrap(), "a{{ eos_token }}\n");
+    let template = ChatTemplate::from_folder(target.path()).unwrap().unwrap();
+    assert_eq!(template.render(&[], None, false).unwrap(), "a<|im_end|>");
+    let saved = read_json(&target.path().join("generation_config.json"));
+    assert_eq!(saved, serde_json::json!({"eos_token_id": [2, 0, 5], "temperature": 0.6}));
+}
+
+#[test]
+fn end_ids_of_a_gguf_file_stand_in_its_export() {
+    let case = cases("tokenizer").into_iter().find(|folder| folder.ends_with("qwen2")).unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let mut tokenizer = from_gguf(&case.join("vocab.gguf"));
+    tokenizer.eos_ids = vec![2, 9];
+    tokenizer.save(folder.path()).unwrap();
+    assert_eq!(Tokenizer::from_file(folder.path()).unwrap().eos_ids, [2, 9]);
 }
 
 #[test]
