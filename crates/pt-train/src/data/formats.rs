@@ -18,6 +18,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
+use pt_model::Content;
 pub use pt_model::Message;
 
 use crate::error::{Origin, Result, TrainError};
@@ -348,16 +349,18 @@ fn parse_messages(value: &Value, field: &str, origin: &Origin) -> Result<Vec<Mes
             }
         };
         let content = match extra.shift_remove("content") {
-            Some(Value::String(text)) => text,
-            Some(Value::Array(parts)) => parts_text(&parts).ok_or_else(|| {
+            Some(Value::String(text)) => Content::Text(text),
+            Some(Value::Array(parts)) => Content::Text(parts_text(&parts).ok_or_else(|| {
                 field_error(
                     origin,
                     &format!("{field}[{index}].content"),
                     &Value::Array(parts.clone()),
                     "text parts only",
                 )
-            })?,
-            None | Some(Value::Null) if extra.contains_key("tool_calls") => String::new(),
+            })?),
+            // A template may ask whether a turn of tool calls says nothing or has no such key.
+            Some(Value::Null) if extra.contains_key("tool_calls") => Content::Null,
+            None if extra.contains_key("tool_calls") => Content::Absent,
             other => {
                 return Err(field_error(
                     origin,
@@ -372,7 +375,7 @@ fn parse_messages(value: &Value, field: &str, origin: &Origin) -> Result<Vec<Mes
     Ok(messages)
 }
 
-/// `[{"type": "text", "text": ..}, ..]` joined, `None` when a part is not text.
+/// `[{"type": "text", "text": ..}, ..]` joined, as templates of text models want it; `None` when a part is not text.
 fn parts_text(parts: &[Value]) -> Option<String> {
     parts.iter().map(|part| part.get("text").and_then(Value::as_str)).collect()
 }
