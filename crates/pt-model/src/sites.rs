@@ -4,7 +4,7 @@
 //! model and critic are one model run with different `Sites`: the reference is the policy without its adapter.
 
 use crate::Result;
-use pt_tensor::{Tensor, Weight};
+use pt_tensor::{DenseWeight, Tensor, Weight};
 use std::rc::Rc;
 
 /// A linear layer and its place: the module path of the Hugging Face checkpoint and a running index.
@@ -23,6 +23,16 @@ pub struct Linear {
 }
 
 impl Linear {
+    /// A layer of a model of one's own, over its tensors: `weight: [out_features, in_features]`, `bias: [out_features]`.
+    /// Layers that a method goes on together have the indices 0, 1, 2, ..
+    ///
+    /// # Errors
+    /// When the weight does not have two axes.
+    pub fn dense(index: usize, path: impl Into<String>, weight: Tensor, bias: Option<Tensor>) -> Result<Self> {
+        let weight = Rc::new(DenseWeight::new(weight)?);
+        Ok(Self { index, path: path.into(), weight, bias, is_transposed_in_file: false })
+    }
+
     /// The layer without any method: `[.., in_features]` → `[.., out_features]`.
     ///
     /// # Errors

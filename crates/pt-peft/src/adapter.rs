@@ -35,7 +35,8 @@ pub trait Adapter: Sites {
     /// When the shapes do not fit.
     fn add_to(&self, layer: &Linear, hidden_states: &Tensor, output: Tensor) -> Result<Tensor>;
 
-    /// Names of parameters that the method replaces whole; two adapters cannot both replace one.
+    /// Names of parameters that the method replaces whole, and the output layer's weight where it changes what that
+    /// gives; two adapters cannot both replace one.
     fn replaced_parameters(&self) -> Vec<&str> {
         vec![]
     }
@@ -55,36 +56,97 @@ pub trait Adapter: Sites {
     /// Gives the model the weights back that it had before [`merge_into`](Self::merge_into).
     ///
     /// # Errors
-    /// [`PeftError::State`] when it is not merged. Adapters merged one after another come out in reverse order.
+    /// [`PeftError::State`] when it is not merged, or when the weights are no longer those that it put in: adapters
+    /// merged one after another come out in reverse order. The model is then as it was.
     fn unmerge_from(&self, model: &mut CausalLm) -> Result<()>;
+}
+
+/// A weight that a merge puts into a layer, and a bias where that changes too.
+pub(crate) struct NewWeight {
+    /// [`Linear::index`].
+    pub(crate) index: usize,
+    pub(crate) weight: Rc<dyn Weight>,
+    pub(crate) bias: Option<Tensor>,
 }
 
 /// What a merge displaced.
 #[derive(Debug, Default)]
 pub(crate) struct Merged {
-    /// Layer index, its weight and its bias before.
-    pub(crate) weights: Vec<(usize, Rc<dyn Weight>, Option<Tensor>)>,
-    /// A parameter that was overwritten in place, and its values before.
-    pub(crate) values: Vec<(Tensor, Tensor)>,
+    layers: Vec<Displaced>,
+    values: Vec<Overwritten>,
+}
+
+/// A layer's weight and bias before the merge, and the weight after it.
+#[derive(Debug)]
+struct Displaced {
+    index: usize,
+    before: (Rc<dyn Weight>, Option<Tensor>),
+    installed: Rc<dyn Weight>,
+}
+
+/// A parameter that was overwritten in place, with its values before the merge and after it.
+#[derive(Debug)]
+struct Overwritten {
+    parameter: Tensor,
+    before: Tensor,
+    written: Tensor,
 }
 
 impl Merged {
+    /// Puts weights into their layers.
+    pub(crate) fn install(&mut self, layers: &mut [&mut Linear], weights: Vec<NewWeight>) {
+        for NewWeight { index, weight, bias } in weights {
+            if let Some(layer) = layers.iter_mut().find(|layer| layer.index == index) {
+                let old_bias = layer.bias.as_ref().map(Tensor::shallow_clone);
+                let old_weight = std::mem::replace(&mut layer.weight, weight.clone());
+                layer.bias = bias.or_else(|| layer.bias.take());
+                self.layers.push(Displaced { index, before: (old_weight, old_bias), installed: weight });
+            }
+        }
+    }
+
+    /// Overwrites a parameter outside the layers.
+    pub(crate) fn overwrite(&mut self, mut parameter: Tensor, values: &Tensor) {
+        no_grad(|| {
+            let before = parameter.copy();
+            parameter.copy_(values);
+            self.values.push(Overwritten { before, written: parameter.copy(), parameter });
+        });
+    }
+
     /// Gives everything back; on an error nothing is changed.
-    pub(crate) fn restore(&self, model: &mut CausalLm) -> Result<()> {
-        let mut layers = model.linear_layers_mut()?;
-        for (index, weight, bias) in &self.weights {
+    pub(crate) fn restore(&self, layers: &mut [&mut Linear]) -> Result<()> {
+        for displaced in &self.layers {
+            let is_ours = layers
+                .iter()
+                .any(|layer| layer.index == displaced.index && Rc::ptr_eq(&layer.weight, &displaced.installed));
+            if !is_ours {
+                return Err(not_ours());
+            }
+        }
+        if !no_grad(|| self.values.iter().all(|value| value.parameter.equal(&value.written))) {
+            return Err(not_ours());
+        }
+        for Displaced { index, before: (weight, bias), .. } in &self.layers {
             if let Some(layer) = layers.iter_mut().find(|layer| layer.index == *index) {
                 layer.weight = weight.clone();
                 layer.bias = bias.as_ref().map(Tensor::shallow_clone);
             }
         }
         no_grad(|| {
-            for (parameter, before) in &self.values {
-                parameter.shallow_clone().copy_(before);
+            for value in &self.values {
+                value.parameter.shallow_clone().copy_(&value.before);
             }
         });
         Ok(())
     }
+}
+
+fn not_ours() -> PeftError {
+    PeftError::State(
+        "the model's weights are not those that this adapter was merged into: unmerge what was merged after it first"
+            .into(),
+    )
 }
 
 /// Named adapters over one model, of which none, one or several are active; the updates of several add up.
@@ -102,14 +164,28 @@ impl AdapterSet {
     }
 
     /// Adds an adapter, or exchanges the one of that name; the first one added becomes active.
-    pub fn insert(&mut self, name: impl Into<String>, adapter: Rc<dyn Adapter>) {
+    ///
+    /// # Errors
+    /// [`PeftError::State`] when the exchanged one is active and the new one replaces a parameter that another active
+    /// one replaces too; the set is then as it was.
+    pub fn insert(&mut self, name: impl Into<String>, adapter: Rc<dyn Adapter>) -> Result<()> {
         let name = name.into();
-        match self.adapters.iter_mut().find(|(known, _)| *known == name) {
-            Some((_, known)) => *known = adapter,
-            None => self.adapters.push((name, adapter)),
-        }
-        if self.adapters.len() == 1 {
-            *self.active.borrow_mut() = vec![0];
+        match self.adapters.iter().position(|(known, _)| *known == name) {
+            Some(position) => {
+                let old = std::mem::replace(&mut self.adapters[position].1, adapter);
+                let outcome = self.check_conflicts(&self.active.borrow());
+                if outcome.is_err() {
+                    self.adapters[position].1 = old;
+                }
+                outcome
+            }
+            None => {
+                self.adapters.push((name, adapter));
+                if self.adapters.len() == 1 {
+                    *self.active.borrow_mut() = vec![0];
+                }
+                Ok(())
+            }
         }
     }
 
@@ -143,8 +219,15 @@ impl AdapterSet {
                 chosen.push(position);
             }
         }
+        self.check_conflicts(&chosen)?;
+        *self.active.borrow_mut() = chosen;
+        Ok(())
+    }
+
+    /// No parameter can be replaced by two adapters that are active together.
+    fn check_conflicts(&self, chosen: &[usize]) -> Result<()> {
         let mut replaced: Vec<(&str, &str)> = Vec::new();
-        for &position in &chosen {
+        for &position in chosen {
             let (name, adapter) = &self.adapters[position];
             for parameter in adapter.replaced_parameters() {
                 if let Some((_, other)) = replaced.iter().find(|(known, _)| *known == parameter) {
@@ -153,7 +236,6 @@ impl AdapterSet {
                 replaced.push((parameter, name));
             }
         }
-        *self.active.borrow_mut() = chosen;
         Ok(())
     }
 
@@ -177,18 +259,30 @@ impl AdapterSet {
     }
 }
 
+/// Whether an adapter replaces the weight of a layer, or has an update on the output layer: only one of the active may.
+fn replaces(adapter: &Rc<dyn Adapter>, layer: &Linear) -> bool {
+    let weight = format!("{}.weight", layer.path);
+    adapter.replaced_parameters().contains(&weight.as_str())
+}
+
 impl Sites for AdapterSet {
     fn linear(&self, layer: &Linear, hidden_states: &Tensor) -> pt_model::Result<Tensor> {
         let live = self.live();
         // An adapter that replaces the weight has to come first: the others add to what it gives.
-        let weight = format!("{}.weight", layer.path);
-        let first = live.iter().position(|a| a.replaced_parameters().contains(&weight.as_str())).unwrap_or(0);
+        let first = live.iter().position(|adapter| replaces(adapter, layer)).unwrap_or(0);
         let Some(base) = live.get(first) else { return layer.forward(hidden_states) };
         let mut output = base.linear(layer, hidden_states)?;
         for (_, adapter) in live.iter().enumerate().filter(|(position, _)| *position != first) {
             output = adapter.add_to(layer, hidden_states, output).map_err(to_model)?;
         }
         Ok(output)
+    }
+
+    fn output(&self, layer: &Linear, hidden_states: &Tensor) -> pt_model::Result<(Tensor, Tensor)> {
+        match self.live().into_iter().find(|adapter| replaces(adapter, layer)) {
+            Some(adapter) => adapter.output(layer, hidden_states),
+            None => pt_model::Bare.output(layer, hidden_states),
+        }
     }
 
     fn embedding(&self, input_ids: &Tensor, embeddings: Tensor) -> pt_model::Result<Tensor> {

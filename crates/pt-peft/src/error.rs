@@ -13,22 +13,14 @@ pub type Result<T> = std::result::Result<T, PeftError>;
 pub enum PeftError {
     /// An error of the tensor layer.
     #[error(transparent)]
-    Tensor(#[from] TensorError),
+    Tensor(TensorError),
     /// An error of the model.
     #[error(transparent)]
-    Model(#[from] ModelError),
+    Model(ModelError),
     /// A file could not be read.
     #[error("cannot read {}", path.display())]
     Read {
         /// The file.
-        path: PathBuf,
-        /// The cause.
-        source: std::io::Error,
-    },
-    /// A folder could not be made or moved into place.
-    #[error("cannot write {}", path.display())]
-    Write {
-        /// The folder.
         path: PathBuf,
         /// The cause.
         source: std::io::Error,
@@ -124,6 +116,28 @@ pub enum PeftError {
     State(String),
 }
 
+impl From<TensorError> for PeftError {
+    fn from(error: TensorError) -> Self {
+        match error {
+            // One of ours that came through a site of the model.
+            TensorError::Other { error, hint } => match error.downcast::<Self>() {
+                Ok(own) => *own,
+                Err(error) => Self::Tensor(TensorError::Other { error, hint }),
+            },
+            other => Self::Tensor(other),
+        }
+    }
+}
+
+impl From<ModelError> for PeftError {
+    fn from(error: ModelError) -> Self {
+        match error {
+            ModelError::Tensor(error) => error.into(),
+            other => Self::Model(other),
+        }
+    }
+}
+
 impl From<TchError> for PeftError {
     fn from(error: TchError) -> Self {
         Self::Tensor(error.into())
@@ -159,9 +173,6 @@ impl PeftError {
             ),
             Self::Keys { .. } => {
                 Some("the adapter was trained on another architecture, or its config names other modules".into())
-            }
-            Self::Write { source, .. } if source.kind() == std::io::ErrorKind::StorageFull => {
-                Some("the disk is full: free some space; nothing half-written was left".into())
             }
             _ => None,
         }
@@ -223,6 +234,16 @@ mod tests {
         };
         assert!(error.to_string().ends_with("tensor `x.lora_A.weight` has shape [64, 4], expected [4, 64]"), "{error}");
         assert!(error.hint().unwrap().contains("transposed"));
+    }
+
+    #[test]
+    fn an_error_of_a_site_comes_back_as_itself() {
+        let sent = PeftError::Pattern { field: "target_modules", pattern: "(".into(), reason: "x".into() };
+        let hint = sent.hint();
+        let on_the_way = crate::lora::to_model(sent);
+        assert_eq!(on_the_way.hint(), hint);
+        let back = PeftError::from(on_the_way);
+        assert!(matches!(back, PeftError::Pattern { .. }), "{back:?}");
     }
 
     #[test]

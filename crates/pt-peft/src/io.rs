@@ -1,13 +1,13 @@
 //! Adapter folders in PEFT's format: `adapter_config.json`, `adapter_model.safetensors`, `README.md`.
 
 use crate::adapter::Adapter;
+use crate::base::Base;
 use crate::config::LoraConfig;
-use crate::lora::LoraAdapter;
+use crate::lora::{LoraAdapter, Planned, Saved};
 use crate::target::Strictness;
 use crate::{PeftError, Result};
-use pt_model::CausalLm;
-use pt_tensor::io::{SafetensorsReader, save_safetensors, write_atomically};
-use pt_tensor::{Kind, Tensor, no_grad};
+use pt_tensor::io::{SafetensorsReader, create_folder_atomically, save_safetensors, write_atomically};
+use pt_tensor::{Device, Kind, Tensor, no_grad};
 use std::collections::BTreeMap;
 use std::path::Path;
 
@@ -19,7 +19,7 @@ pub const TENSOR_FILE: &str = "adapter_model.safetensors";
 const PREFIX: &str = "base_model.model.";
 
 impl LoraAdapter {
-    /// Loads an adapter that PEFT or [`Adapter::save`] wrote, for `model`.
+    /// Loads an adapter that PEFT or [`Adapter::save`] wrote, for a model or linear layers of one's own.
     ///
     /// The tensors must be exactly the adapter's. Two things that PEFT itself writes are passed over: copies of the
     /// base weight (`.base_layer.`), and embeddings that it adds unasked, as long as they equal the model's.
@@ -27,14 +27,20 @@ impl LoraAdapter {
     /// # Errors
     /// [`PeftError::NotAnAdapter`] for a folder without an adapter, or with pickled tensors only; those of
     /// [`LoraConfig::from_peft_file`]; [`PeftError::NoMatch`]; [`PeftError::Keys`] with the difference.
-    pub fn load(folder: &Path, model: &CausalLm) -> Result<Self> {
-        let config_path = folder.join(CONFIG_FILE);
-        let tensor_path = folder.join(TENSOR_FILE);
+    pub fn load<'a>(folder: &Path, base: impl Into<Base<'a>>) -> Result<Self> {
+        let base = base.into();
         check_folder(folder)?;
-        let config = LoraConfig::from_peft_file(&config_path)?;
-        let adapter = Self::shaped(config, model, Strictness::AnyName)?;
-        let reader = SafetensorsReader::open(&tensor_path)?;
-        adapter.fill(&reader, model)?;
+        let config = LoraConfig::from_peft_file(&folder.join(CONFIG_FILE))?;
+        let saved = Self::copies(&config, &base)?;
+        let planned = Self::plan(&config, &base, &saved, Strictness::AnyName)?;
+        let reader = SafetensorsReader::open(folder.join(TENSOR_FILE))?;
+        // Before anything is allocated from the rank that the settings claim.
+        check_tensors(&reader, &file_shapes(&planned, &saved), &base)?;
+        let adapter = Self::assemble(config, &base, planned, saved)?;
+        for (name, (mut tensor, is_transposed)) in adapter.entries() {
+            let value = reader.tensor(&name, tensor.device())?;
+            no_grad(|| tensor.f_copy_(&if is_transposed { value.tr() } else { value }))?;
+        }
         Ok(adapter)
     }
 
@@ -47,36 +53,44 @@ impl LoraAdapter {
         };
         self.parameters().into_iter().map(entry).collect()
     }
+}
 
-    fn fill(&self, reader: &SafetensorsReader, model: &CausalLm) -> Result<()> {
-        let entries = self.entries();
-        let missing: Vec<String> =
-            entries.keys().filter(|name| reader.shape(name).is_none()).map(Clone::clone).collect();
-        let mut unexpected = Vec::new();
-        for name in reader.names().filter(|name| !entries.contains_key(*name)) {
-            if !is_base_copy(reader, name, model)? {
-                unexpected.push(name.to_string());
-            }
-        }
-        let mut shapes = Vec::new();
-        for (name, (tensor, is_transposed)) in &entries {
-            let mut expected = tensor.size();
-            if *is_transposed {
-                expected.reverse();
-            }
-            if let Some(found) = reader.shape(name).filter(|found| *found != expected) {
-                shapes.push((name.clone(), found.to_vec(), expected));
-            }
-        }
-        if !missing.is_empty() || !unexpected.is_empty() || !shapes.is_empty() {
-            return Err(PeftError::Keys { path: reader.path().into(), missing, unexpected, shapes });
-        }
-        for (name, (mut tensor, is_transposed)) in entries {
-            let value = reader.tensor(&name, tensor.device())?;
-            no_grad(|| tensor.f_copy_(&if is_transposed { value.tr() } else { value }))?;
-        }
-        Ok(())
+/// The shapes that a file of such an adapter holds, by PEFT's names.
+fn file_shapes(planned: &[Planned<'_>], saved: &BTreeMap<String, Saved>) -> BTreeMap<String, Vec<i64>> {
+    let mut shapes = BTreeMap::new();
+    for Planned { layer, rank, .. } in planned {
+        let (out_features, in_features) = layer.weight.size();
+        shapes.insert(format!("{PREFIX}{}.lora_A.weight", layer.path), vec![*rank, in_features]);
+        shapes.insert(format!("{PREFIX}{}.lora_B.weight", layer.path), vec![out_features, *rank]);
     }
+    for saved in saved.values() {
+        let mut shape = saved.value.size();
+        if saved.is_transposed_in_file {
+            shape.reverse();
+        }
+        shapes.insert(format!("{PREFIX}{}", saved.name), shape);
+    }
+    shapes
+}
+
+/// Compares the tensors of a file with those that the adapter has.
+fn check_tensors(reader: &SafetensorsReader, expected: &BTreeMap<String, Vec<i64>>, base: &Base<'_>) -> Result<()> {
+    let missing: Vec<String> = expected.keys().filter(|name| reader.shape(name).is_none()).cloned().collect();
+    let mut unexpected = Vec::new();
+    for name in reader.names().filter(|name| !expected.contains_key(*name)) {
+        if !is_base_copy(reader, name, base)? {
+            unexpected.push(name.to_string());
+        }
+    }
+    let differs = |(name, expected): (&String, &Vec<i64>)| {
+        let found = reader.shape(name).filter(|found| found != expected)?;
+        Some((name.clone(), found.to_vec(), expected.clone()))
+    };
+    let shapes: Vec<_> = expected.iter().filter_map(differs).collect();
+    if missing.is_empty() && unexpected.is_empty() && shapes.is_empty() {
+        return Ok(());
+    }
+    Err(PeftError::Keys { path: reader.path().into(), missing, unexpected, shapes })
 }
 
 /// Says what is wrong with a folder that holds no adapter we can read.
@@ -115,15 +129,10 @@ fn check_folder(folder: &Path) -> Result<()> {
 
 /// Whether a tensor that the adapter does not have is a copy of the model's own, as PEFT writes of a targeted output
 /// layer or embedding.
-fn is_base_copy(reader: &SafetensorsReader, name: &str, model: &CausalLm) -> Result<bool> {
+fn is_base_copy(reader: &SafetensorsReader, name: &str, base: &Base<'_>) -> Result<bool> {
     let Some(path) = name.strip_prefix(PREFIX) else { return Ok(false) };
-    let path = path.replace(".base_layer.", ".");
-    let Some(own) = model.parameter(&path) else { return Ok(false) };
-    if reader.shape(name) != Some(own.size().as_slice()) {
-        return Ok(false);
-    }
-    let value = reader.tensor(name, own.device())?.to_kind(own.kind());
-    Ok(no_grad(|| value.equal(&own)))
+    let shape = reader.shape(name).unwrap_or_default();
+    base.has_equal(&path.replace(".base_layer.", "."), shape, || Ok(reader.tensor(name, Device::Cpu)?))
 }
 
 /// Writes an adapter. A new folder is filled under a temporary name and renamed; in one that exists each file is
@@ -132,21 +141,7 @@ pub(crate) fn save(adapter: &LoraAdapter, folder: &Path) -> Result<()> {
     if folder.exists() {
         return write_files(adapter, folder);
     }
-    let write_error = |source| PeftError::Write { path: folder.into(), source };
-    let name = folder.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
-    let parent = folder.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    std::fs::create_dir_all(parent).map_err(write_error)?;
-    let partial = parent.join(format!(".partial-{name}-{}", std::process::id()));
-    std::fs::create_dir(&partial).map_err(write_error)?;
-    let outcome = write_files(adapter, &partial).and_then(|()| {
-        std::fs::rename(&partial, folder).map_err(write_error)?;
-        std::fs::File::open(parent).and_then(|parent| parent.sync_all()).map_err(write_error)
-    });
-    if outcome.is_err() {
-        // What went wrong is in the error; a leftover that cannot be removed either adds nothing to it.
-        let _ = std::fs::remove_dir_all(&partial);
-    }
-    outcome
+    create_folder_atomically(folder, |partial| write_files(adapter, partial))
 }
 
 fn write_files(adapter: &LoraAdapter, folder: &Path) -> Result<()> {

@@ -19,11 +19,13 @@
 //! | `target` | which layers a method goes on |
 //! | `lora` | LoRA: forward and backward in one node |
 //! | `adapter` | the trait, and several adapters over one model |
+//! | `base` | what an adapter goes on: a model of ours, or layers of yours |
 //! | `io` | adapter folders |
 //! | [`testing`] | the laws that every method has to keep |
 #![forbid(unsafe_code)]
 
 mod adapter;
+mod base;
 mod config;
 mod error;
 mod io;
@@ -32,6 +34,7 @@ mod target;
 pub mod testing;
 
 pub use adapter::{Adapter, AdapterSet};
+pub use base::Base;
 pub use config::{LoraConfig, Modules};
 pub use error::{PeftError, Result};
 pub use io::{CONFIG_FILE, TENSOR_FILE};

@@ -1,10 +1,11 @@
 //! LoRA: a low-rank update beside a frozen linear layer.
 
-use crate::adapter::{Adapter, Merged};
+use crate::adapter::{Adapter, Merged, NewWeight};
+use crate::base::Base;
 use crate::config::LoraConfig;
 use crate::target::{Strictness, pattern_value, saved_parameters, target_layers};
 use crate::{PeftError, Result};
-use pt_model::{CausalLm, Linear, Sites};
+use pt_model::{CausalLm, Linear, ModelError, Sites};
 use pt_tensor::autograd::attach_backward;
 use pt_tensor::{DenseWeight, Kind, Tensor, TensorError, no_grad, random};
 use std::cell::{Cell, RefCell};
@@ -107,13 +108,17 @@ fn dropped(x: &Tensor, mask: Option<&Tensor>, keep: f64) -> Tensor {
 
 /// The update alone, in plain operations: scaling · dropout(x)·Aᵀ·Bᵀ.
 fn lora_delta(hidden_states: &Tensor, a: &Tensor, b: &Tensor, scaling: f64, dropout: f64) -> Result<Tensor> {
-    let kind = hidden_states.kind();
+    let low = lora_low(hidden_states, a, scaling, dropout)?; // [.., rank]
+    Ok(low.f_linear(&b.to_kind(hidden_states.kind()), None::<Tensor>)?)
+}
+
+/// Its first half, `[.., rank]`: scaling · dropout(x)·Aᵀ.
+fn lora_low(hidden_states: &Tensor, a: &Tensor, scaling: f64, dropout: f64) -> Result<Tensor> {
     let x = match dropout > 0.0 {
         true => random::led_by_cpu(hidden_states.device(), || hidden_states.f_dropout(dropout, true))??,
         false => hidden_states.shallow_clone(),
     };
-    let low = x.f_linear(&a.to_kind(kind), None::<Tensor>)? * scaling;
-    Ok(low.f_linear(&b.to_kind(kind), None::<Tensor>)?)
+    Ok(x.f_linear(&a.to_kind(hidden_states.kind()), None::<Tensor>)? * scaling)
 }
 
 /// The two factors on one layer.
@@ -178,9 +183,8 @@ pub struct LoraAdapter {
     /// By [`Linear::index`].
     factors: Vec<Option<Factors>>,
     saved: BTreeMap<String, Saved>,
-    /// Name and base of the output layer's weight, where the layer has an update.
+    /// Name of the output layer's weight, where the layer has an update.
     output_weight: Option<String>,
-    output_base: Option<Rc<dyn pt_tensor::Weight>>,
     fan_in_fan_out: bool,
     /// What the model computes in.
     kind: Kind,
@@ -189,16 +193,45 @@ pub struct LoraAdapter {
     merged: RefCell<Option<Merged>>,
 }
 
+/// A layer that gets an update. Nothing of it is allocated yet.
+pub(crate) struct Planned<'a> {
+    pub(crate) layer: &'a Linear,
+    pub(crate) rank: i64,
+    scaling: f64,
+    is_output: bool,
+}
+
 impl LoraAdapter {
-    /// A new adapter for `model`: A uniform in ±1/√in_features (PEFT's Kaiming with a = √5), B zero, modules to save
-    /// copied. Each tensor has its own random stream from `seed` and its name, so a layer starts the same whatever
-    /// other layers are adapted.
+    /// A new adapter for a [`CausalLm`], or for linear layers of a model of one's own: A uniform in ±1/√in_features
+    /// (PEFT's Kaiming with a = √5), B zero, modules to save copied. Each tensor has its own random stream from `seed`
+    /// and its name, so a layer starts the same whatever other layers are adapted.
     ///
     /// # Errors
     /// [`PeftError::Config`] for settings that cannot be, [`PeftError::NoMatch`] for names that the model does not
-    /// have, [`PeftError::Pattern`].
-    pub fn new(config: LoraConfig, model: &CausalLm, seed: u64) -> Result<Self> {
-        let adapter = Self::shaped(config, model, Strictness::EveryName)?;
+    /// have, [`PeftError::Pattern`]; [`PeftError::Tensor`] when there is no memory for a rank.
+    ///
+    /// # Example
+    /// LoRA on a tch model that is not ours: name its linear layers, and ask the adapter where the layer would compute.
+    /// ```
+    /// use pt_model::{Linear, Sites};
+    /// use pt_peft::{Adapter, LoraAdapter, LoraConfig};
+    /// use pt_tensor::{Device, Kind, Tensor};
+    /// let weight = Tensor::eye(4, (Kind::Float, Device::Cpu)); // [out_features, in_features]
+    /// let mut layers = [Linear::dense(0, "encoder.proj", weight, None)?];
+    /// let config = LoraConfig { rank: 2, lora_alpha: 2.0, ..LoraConfig::default() };
+    /// let adapter = LoraAdapter::new(config, layers.as_slice(), 0)?;
+    /// let x = Tensor::ones([1, 4], (Kind::Float, Device::Cpu));
+    /// assert_eq!(adapter.linear(&layers[0], &x)?, x); // B is zero
+    /// // Train `adapter.parameters()`, then save it, or put the update into the weights.
+    /// adapter.merge_into_layers(&mut layers)?;
+    /// # Ok::<(), pt_peft::PeftError>(())
+    /// ```
+    pub fn new<'a>(config: LoraConfig, base: impl Into<Base<'a>>, seed: u64) -> Result<Self> {
+        let base = base.into();
+        config.validate()?;
+        let saved = Self::copies(&config, &base)?;
+        let planned = Self::plan(&config, &base, &saved, Strictness::EveryName)?;
+        let adapter = Self::assemble(config, &base, planned, saved)?;
         for factors in adapter.factors.iter().flatten() {
             let bound = 1.0 / (factors.a.size()[1] as f32).sqrt();
             let values = uniform(seed, &format!("{}.lora_A.weight", factors.path), factors.a.numel(), bound);
@@ -207,38 +240,51 @@ impl LoraAdapter {
         Ok(adapter)
     }
 
-    /// The adapter with A and B zero.
-    pub(crate) fn shaped(config: LoraConfig, model: &CausalLm, strictness: Strictness) -> Result<Self> {
-        config.validate()?;
-        let layers: Vec<&Linear> = model.linear_layers().collect();
-        let paths: Vec<&str> = layers.iter().map(|layer| layer.path.as_str()).collect();
-        // By the model's contract the output layer is the last.
-        let output = layers.len().checked_sub(1);
-        let saved = Self::copies(&config, model, &layers)?;
-        let mut targets = target_layers(&config, &paths, output, strictness)?;
+    /// The layers that get an update, in model order.
+    pub(crate) fn plan<'a>(
+        config: &LoraConfig,
+        base: &Base<'a>,
+        saved: &BTreeMap<String, Saved>,
+        strictness: Strictness,
+    ) -> Result<Vec<Planned<'a>>> {
+        let paths: Vec<&str> = base.layers.iter().map(|layer| layer.path.as_str()).collect();
+        let mut targets = target_layers(config, &paths, base.output, strictness)?;
         targets.retain(|&position| !saved.contains_key(&format!("{}.weight", paths[position])));
-        let size = layers.iter().map(|layer| layer.index + 1).max().unwrap_or(0);
-        let mut factors: Vec<Option<Factors>> = (0..size).map(|_| None).collect();
-        let mut fan_in_fan_out = false;
-        let (mut output_weight, mut output_base) = (None, None);
-        for &position in &targets {
-            let layer = layers[position];
+        let plan = |position: usize| {
+            let layer = base.layers[position];
             let rank = *pattern_value("rank_pattern", &config.rank_pattern, &layer.path)?.unwrap_or(&config.rank);
             let alpha =
                 *pattern_value("alpha_pattern", &config.alpha_pattern, &layer.path)?.unwrap_or(&config.lora_alpha);
+            Ok(Planned { layer, rank, scaling: config.scaling(rank, alpha), is_output: Some(position) == base.output })
+        };
+        targets.into_iter().map(plan).collect()
+    }
+
+    /// The adapter with A and B zero.
+    pub(crate) fn assemble(
+        config: LoraConfig,
+        base: &Base<'_>,
+        planned: Vec<Planned<'_>>,
+        saved: BTreeMap<String, Saved>,
+    ) -> Result<Self> {
+        let size = base.layers.iter().map(|layer| layer.index + 1).max().unwrap_or(0);
+        let mut factors: Vec<Option<Factors>> = (0..size).map(|_| None).collect();
+        let (mut fan_in_fan_out, mut output_weight) = (false, None);
+        for Planned { layer, rank, scaling, is_output } in planned {
             let (out_features, in_features) = layer.weight.size();
-            let leaf = |size: [i64; 2]| Tensor::zeros(size, (Kind::Float, model.device())).set_requires_grad(true);
+            let leaf = |size: [i64; 2]| -> Result<Tensor> {
+                Ok(Tensor::f_zeros(size, (Kind::Float, layer.weight.device()))?.set_requires_grad(true))
+            };
             factors[layer.index] = Some(Factors {
                 path: layer.path.clone(),
-                a: leaf([rank, in_features]),
-                b: leaf([out_features, rank]),
-                scaling: config.scaling(rank, alpha),
+                a: leaf([rank, in_features])?,
+                b: leaf([out_features, rank])?,
+                scaling,
                 cast: RefCell::new(None),
             });
             fan_in_fan_out |= layer.is_transposed_in_file;
-            if Some(position) == output {
+            if is_output {
                 output_weight = Some(format!("{}.weight", layer.path));
-                output_base = Some(layer.weight.clone());
             }
         }
         Ok(Self {
@@ -246,9 +292,8 @@ impl LoraAdapter {
             factors,
             saved,
             output_weight,
-            output_base,
             fan_in_fan_out,
-            kind: model.kind(),
+            kind: base.kind(),
             is_enabled: Cell::new(true),
             is_training: Cell::new(false),
             merged: RefCell::new(None),
@@ -256,16 +301,16 @@ impl LoraAdapter {
     }
 
     /// Trainable f32 copies of the parameters of `modules_to_save`.
-    fn copies(config: &LoraConfig, model: &CausalLm, layers: &[&Linear]) -> Result<BTreeMap<String, Saved>> {
+    pub(crate) fn copies(config: &LoraConfig, base: &Base<'_>) -> Result<BTreeMap<String, Saved>> {
         if config.modules_to_save.is_empty() {
             return Ok(BTreeMap::new());
         }
         // Names and values in our layout; the output layer stands here also where it is tied.
         let mut all: BTreeMap<String, Saved> = BTreeMap::new();
-        for (name, value) in model.named_parameters()? {
+        for (name, value) in base.named_parameters()? {
             all.insert(name.clone(), Saved { name, value, is_transposed_in_file: false });
         }
-        for layer in layers {
+        for layer in &base.layers {
             let name = format!("{}.weight", layer.path);
             let is_transposed_in_file = layer.is_transposed_in_file;
             all.insert(name.clone(), Saved { name, value: layer.weight.dense()?, is_transposed_in_file });
@@ -276,7 +321,7 @@ impl LoraAdapter {
         // The model asks its sites for these only; a copy of another would be trained to no effect.
         let is_asked_for = |name: &String| {
             let is_linear =
-                layers.iter().any(|layer| name.rsplit_once('.').is_some_and(|(path, _)| path == layer.path));
+                base.layers.iter().any(|layer| name.rsplit_once('.').is_some_and(|(path, _)| path == layer.path));
             is_linear || (name.ends_with(".weight") && !name.ends_with(".wpe.weight"))
         };
         let faults: Vec<String> = chosen
@@ -362,23 +407,32 @@ impl Sites for LoraAdapter {
         }
     }
 
+    fn output(&self, layer: &Linear, hidden_states: &Tensor) -> pt_model::Result<(Tensor, Tensor)> {
+        if !self.is_live() {
+            return pt_model::Bare.output(layer, hidden_states);
+        }
+        let kind = hidden_states.kind();
+        if let Some(factors) = self.factors_of(layer) {
+            // [x, scaling · dropout(x)·Aᵀ] · [W, B]ᵀ: in bf16 the sum W + scaling·B·A would lose what is under half a
+            // unit in the last place of W, which is all of an update at first.
+            let low = lora_low(hidden_states, &factors.a, factors.scaling, self.dropout()).map_err(to_model)?;
+            let weight = Tensor::f_cat(&[layer.weight.dense()?, factors.b.to_kind(kind)], 1)?;
+            return Ok((Tensor::f_cat(&[hidden_states, &low], -1)?, weight));
+        }
+        match self.saved.get(&format!("{}.weight", layer.path)) {
+            Some(saved) => Ok((hidden_states.shallow_clone(), saved.value.to_kind(kind))),
+            None => pt_model::Bare.output(layer, hidden_states),
+        }
+    }
+
     fn parameter(&self, path: &str) -> Option<Tensor> {
         if !self.is_live() {
             return None;
         }
-        if let Some(saved) = self.saved.get(path) {
-            // Norms compute in the kind of their input. Tables are left to the model, which casts what it looks up.
-            let is_norm = saved.value.dim() == 1;
-            return Some(if is_norm { saved.value.to_kind(self.kind) } else { saved.value.shallow_clone() });
-        }
-        // Log-probs at labels need the whole output matrix. With an update on it, that is W + scaling·B·A.
-        if self.output_weight.as_deref() != Some(path) {
-            return None;
-        }
-        let base = self.output_base.as_ref()?;
-        let factors = self.factors.last().and_then(Option::as_ref)?;
-        let weight = base.dense().ok()?;
-        Some(&weight + factors.update().to_kind(weight.kind()))
+        let saved = self.saved.get(path)?;
+        // Norms compute in the kind of their input. Tables are left to the model, which casts what it looks up.
+        let is_norm = saved.value.dim() == 1;
+        Some(if is_norm { saved.value.to_kind(self.kind) } else { saved.value.shallow_clone() })
     }
 
     fn set_training(&self, is_training: bool) -> bool {
@@ -386,12 +440,12 @@ impl Sites for LoraAdapter {
     }
 }
 
-/// What a site may return: an error of ours that is not the model's is told in words.
-pub(crate) fn to_model(error: PeftError) -> pt_model::ModelError {
+/// An error as a site returns it; [`PeftError::from`] gives the same one back.
+pub(crate) fn to_model(error: PeftError) -> ModelError {
     match error {
         PeftError::Model(error) => error,
         PeftError::Tensor(error) => error.into(),
-        other => TensorError::Backward(other.to_string()).into(),
+        other => ModelError::Tensor(TensorError::Other { hint: other.hint(), error: Box::new(other) }),
     }
 }
 
@@ -429,59 +483,33 @@ impl Adapter for LoraAdapter {
     }
 
     fn merge_into(&self, model: &mut CausalLm) -> Result<()> {
-        if self.merged.borrow().is_some() {
-            return Err(PeftError::State("the adapter is merged already".into()));
-        }
+        self.check_unmerged()?;
         let mut merged = Merged::default();
         no_grad(|| -> Result<()> {
             let layers: Vec<&Linear> = model.linear_layers().collect();
             // All new weights first: should one fail, the model is as it was.
-            let mut weights = Vec::new();
-            for layer in &layers {
-                let own = self.saved.get(&format!("{}.weight", layer.path));
-                let new = match (own, self.factors_of(layer)) {
-                    (Some(own), _) => own.value.detach().to_kind(layer.weight.kind()).copy(),
-                    (None, Some(factors)) => {
-                        let dense = layer.weight.dense()?;
-                        (dense.to_kind(Kind::Float) + factors.update()).to_kind(dense.kind())
-                    }
-                    (None, None) => continue,
-                };
-                let bias = self.saved.get(&format!("{}.bias", layer.path)).zip(layer.bias.as_ref());
-                let bias = bias.map(|(own, base)| own.value.detach().to_kind(base.kind()).copy());
-                weights.push((layer.index, Rc::new(DenseWeight::new(new)?), bias));
-            }
-            let paths: Vec<String> = layers.iter().map(|layer| layer.path.clone()).collect();
+            let mut weights = self.merged_weights(&layers)?;
+            let paths: Vec<&str> = layers.iter().map(|layer| layer.path.as_str()).collect();
             let outside: Vec<(&Saved, Tensor)> = self
                 .saved
                 .values()
-                .filter(|saved| {
-                    let module = saved.name.rsplit_once('.').map_or("", |(module, _)| module);
-                    !paths.iter().any(|path| path == module)
-                })
+                .filter(|saved| !saved.name.rsplit_once('.').is_some_and(|(module, _)| paths.contains(&module)))
                 .filter_map(|saved| model.parameter(&saved.name).map(|base| (saved, base)))
                 .collect();
-            drop(layers);
-            let mut targets = model.linear_layers_mut()?;
-            if let Some(output) = targets.last_mut() {
+            let mut layers = model.linear_layers_mut()?;
+            if let Some(output) = layers.last() {
                 // A tied output layer shares the embedding's storage, which is about to be overwritten; PEFT, too,
                 // leaves the other end of the tie as it was.
                 let dense = output.weight.dense()?;
                 let is_tied = outside.iter().any(|(_, base)| base.data_ptr() == dense.data_ptr());
-                if is_tied && !weights.iter().any(|(index, ..)| *index == output.index) {
-                    weights.push((output.index, Rc::new(DenseWeight::new(dense.copy())?), None));
+                if is_tied && !weights.iter().any(|new| new.index == output.index) {
+                    let weight = Rc::new(DenseWeight::new(dense.copy())?);
+                    weights.push(NewWeight { index: output.index, weight, bias: None });
                 }
             }
-            for (index, weight, bias) in weights {
-                if let Some(layer) = targets.iter_mut().find(|layer| layer.index == index) {
-                    let old_bias = layer.bias.as_ref().map(Tensor::shallow_clone);
-                    merged.weights.push((index, std::mem::replace(&mut layer.weight, weight), old_bias));
-                    layer.bias = bias.or_else(|| layer.bias.take());
-                }
-            }
-            for (saved, mut base) in outside {
-                merged.values.push((base.shallow_clone(), base.copy()));
-                base.copy_(&saved.value);
+            merged.install(&mut layers, weights);
+            for (saved, base) in outside {
+                merged.overwrite(base, &saved.value);
             }
             Ok(())
         })?;
@@ -490,14 +518,65 @@ impl Adapter for LoraAdapter {
     }
 
     fn unmerge_from(&self, model: &mut CausalLm) -> Result<()> {
-        let Some(merged) = self.merged.borrow_mut().take() else {
-            return Err(PeftError::State("the adapter is not merged".into()));
-        };
-        let outcome = merged.restore(model);
-        if outcome.is_err() {
-            *self.merged.borrow_mut() = Some(merged);
+        self.unmerge(&mut model.linear_layers_mut()?)
+    }
+}
+
+impl LoraAdapter {
+    /// [`Adapter::merge_into`] for the linear layers of a model of one's own.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn merge_into_layers(&self, layers: &mut [Linear]) -> Result<()> {
+        self.check_unmerged()?;
+        let weights = no_grad(|| self.merged_weights(&layers.iter().collect::<Vec<_>>()))?;
+        let mut merged = Merged::default();
+        merged.install(&mut layers.iter_mut().collect::<Vec<_>>(), weights);
+        *self.merged.borrow_mut() = Some(merged);
+        Ok(())
+    }
+
+    /// [`Adapter::unmerge_from`] for the linear layers of a model of one's own.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn unmerge_from_layers(&self, layers: &mut [Linear]) -> Result<()> {
+        self.unmerge(&mut layers.iter_mut().collect::<Vec<_>>())
+    }
+
+    fn unmerge(&self, layers: &mut [&mut Linear]) -> Result<()> {
+        let mut merged = self.merged.borrow_mut();
+        let held = merged.as_ref().ok_or_else(|| PeftError::State("the adapter is not merged".into()))?;
+        held.restore(layers)?;
+        *merged = None;
+        Ok(())
+    }
+
+    fn check_unmerged(&self) -> Result<()> {
+        match *self.merged.borrow() {
+            Some(_) => Err(PeftError::State("the adapter is merged already".into())),
+            None => Ok(()),
         }
-        outcome
+    }
+
+    /// The weights of the layers that the adapter changes: W + scaling·B·A, summed in f32, or those trained whole.
+    fn merged_weights(&self, layers: &[&Linear]) -> Result<Vec<NewWeight>> {
+        let mut weights = Vec::new();
+        for layer in layers {
+            let own = self.saved.get(&format!("{}.weight", layer.path));
+            let new = match (own, self.factors_of(layer)) {
+                (Some(own), _) => own.value.detach().to_kind(layer.weight.kind()).copy(),
+                (None, Some(factors)) => {
+                    let dense = layer.weight.dense()?;
+                    (dense.to_kind(Kind::Float) + factors.update()).to_kind(dense.kind())
+                }
+                (None, None) => continue,
+            };
+            let bias = self.saved.get(&format!("{}.bias", layer.path)).zip(layer.bias.as_ref());
+            let bias = bias.map(|(own, base)| own.value.detach().to_kind(base.kind()).copy());
+            weights.push(NewWeight { index: layer.index, weight: Rc::new(DenseWeight::new(new)?), bias });
+        }
+        Ok(weights)
     }
 }
 

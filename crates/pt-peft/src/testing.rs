@@ -104,8 +104,8 @@ pub fn adapter_laws(method: &Method<'_>, model: &mut CausalLm, sequences: &[Vec<
     adapter_gradients(adapter.as_ref(), model)
 }
 
-/// Checks the gradients of all trained values and of the input at every linear layer: along the gradient, finite
-/// differences must give its norm.
+/// Checks the gradients of all trained values and of the input at every linear layer: those of the layer's own values and
+/// of the input must not vanish, and along each gradient finite differences must give its norm.
 fn adapter_gradients(adapter: &dyn Adapter, model: &CausalLm) -> Result<()> {
     for layer in model.linear_layers() {
         let x = probe(5, layer, model);
@@ -122,11 +122,15 @@ fn adapter_gradients(adapter: &dyn Adapter, model: &CausalLm) -> Result<()> {
         loss(&x)?.backward();
         for (name, mut tensor) in targets {
             let grad = tensor.grad();
+            let is_of_layer = name.strip_prefix(layer.path.as_str()).is_some_and(|rest| rest.starts_with('.'));
+            let is_input = name == "the input";
+            assert!(grad.defined() || !(is_of_layer || is_input), "{}: no gradient reaches {name}", layer.path);
             if !grad.defined() {
                 continue;
             }
             // Along the gradient itself, the slope is its norm.
             let norm = grad.norm().double_value(&[]);
+            assert!(norm > 0.0 || !(is_of_layer || is_input), "{}: the gradient of {name} is zero", layer.path);
             if norm == 0.0 {
                 continue;
             }
@@ -142,7 +146,7 @@ fn adapter_gradients(adapter: &dyn Adapter, model: &CausalLm) -> Result<()> {
                 })
             };
             let slope = (at(step)? - at(-step)?) / (2.0 * step);
-            let error = (slope - norm).abs() / norm.max(1.0);
+            let error = (slope - norm).abs() / norm;
             assert!(error < 1e-2, "{}: gradient of {name} is {norm}, finite differences give {slope}", layer.path);
         }
     }

@@ -1,9 +1,10 @@
 //! The laws of adapters, and several of them over one model.
 
 use crate::tiny;
-use pt_model::{Bare, Sites};
+use pt_model::{Bare, Linear, Sites};
 use pt_peft::testing::{Method, adapter_laws, disturb, logits};
 use pt_peft::{Adapter, AdapterSet, LoraAdapter, LoraConfig, Modules, PeftError};
+use pt_tensor::{Device, Kind, Tensor, no_grad};
 use std::rc::Rc;
 
 fn names(names: &[&str]) -> Modules {
@@ -60,8 +61,8 @@ fn active_adapters_add_up_and_a_disabled_set_is_the_bare_model() {
     let mut set = AdapterSet::new();
     let last = "layers.1.mlp.down_proj";
     let first = make(1, &[last]);
-    set.insert("first", first.clone());
-    set.insert("second", make(2, &[last]));
+    set.insert("first", first.clone()).unwrap();
+    set.insert("second", make(2, &[last])).unwrap();
     assert_eq!(set.active(), ["first"]);
     let set = Rc::new(set);
     let sites: Rc<dyn Sites> = set.clone();
@@ -85,7 +86,7 @@ fn two_adapters_cannot_both_replace_a_parameter() {
     let config = LoraConfig { modules_to_save: vec!["lm_head".into()], ..rank4() };
     let mut set = AdapterSet::new();
     for name in ["a", "b"] {
-        set.insert(name, Rc::new(LoraAdapter::new(config.clone(), &model, 1).unwrap()));
+        set.insert(name, Rc::new(LoraAdapter::new(config.clone(), &model, 1).unwrap())).unwrap();
     }
     assert!(matches!(set.set_active(&["a", "b"]), Err(PeftError::State(_))));
 }
@@ -126,4 +127,168 @@ fn in_bf16_a_trained_norm_and_factors_get_f32_gradients() {
         assert!(grad.defined() && grad.kind() == pt_tensor::Kind::Float, "{name}");
         assert!(grad.abs().max().double_value(&[]) > 0.0, "{name} has a gradient of zero");
     }
+}
+
+fn bf16(name: &str) -> pt_model::CausalLm {
+    let pretrained = pt_model::Pretrained::open(crate::fixtures().join("models").join(name).join("model")).unwrap();
+    pt_model::CausalLm::load(&pretrained, Device::Cpu, Kind::BFloat16).unwrap()
+}
+
+fn on_output(model: &pt_model::CausalLm, lora_dropout: f64) -> Rc<LoraAdapter> {
+    let config = LoraConfig { target_modules: names(&["lm_head"]), lora_dropout, ..rank4() };
+    Rc::new(LoraAdapter::new(config, model, 1).unwrap())
+}
+
+#[test]
+fn in_bf16_an_update_of_the_output_layer_is_not_rounded_away() {
+    let model = bf16("llama_untied");
+    let adapter = on_output(&model, 0.0);
+    let layer = model.linear_layers().last().unwrap();
+    let weight = layer.weight.dense().unwrap();
+    // B so small that no entry of scaling·B·A reaches half a unit in the last place of the largest weights.
+    for (name, tensor) in adapter.parameters().iter_mut() {
+        if name.ends_with("lora_B.weight") {
+            let _ = no_grad(|| tensor.fill_(1e-5));
+        }
+    }
+    let hidden_states = (Tensor::arange(3 * weight.size()[1], (Kind::Float, Device::Cpu)) * 0.7).sin();
+    let hidden_states = hidden_states.view([3, -1]).to_kind(Kind::BFloat16);
+    let (states, weights) = adapter.output(layer, &hidden_states).unwrap();
+    let single = |t: &Tensor| t.detach().to_kind(Kind::Float);
+    let found = single(&states).matmul(&single(&weights).tr()) - single(&hidden_states).matmul(&single(&weight).tr());
+    let [a, b] = [0, 1].map(|i| single(&adapter.parameters()[i].1));
+    let want = single(&hidden_states).matmul(&a.tr()).matmul(&b.tr()) * 2.0; // lora_alpha / rank
+    let error = (&found - &want).abs().max().double_value(&[]) / want.abs().max().double_value(&[]);
+    assert!(error < 0.03, "off by {error:e} of the update");
+}
+
+#[test]
+fn log_probs_with_an_update_on_the_output_layer_are_those_of_its_logits() {
+    for name in ["llama", "llama_untied"] {
+        let model = tiny(name);
+        let adapter = on_output(&model, 0.0);
+        disturb(adapter.as_ref(), 0.1);
+        let mut set = AdapterSet::new();
+        set.insert("one", adapter.clone()).unwrap();
+        let ids = vec![1, 2, 3, 4, 5];
+        let group = pt_model::PromptGroup::single(vec![], pt_model::Completion::new(ids.clone()));
+        let batch = pt_model::PackedBatch::new(&[group], Device::Cpu).unwrap();
+        for sites in [adapter.clone() as Rc<dyn Sites>, Rc::new(set)] {
+            let out = model.label_logprobs(&batch, &sites, Default::default(), &Default::default()).unwrap();
+            let log_p = logits(&model, &sites, std::slice::from_ref(&ids)).unwrap().log_softmax(-1, Kind::Float);
+            let labels = Tensor::from_slice(&ids[1..]).unsqueeze(1);
+            let want = log_p.narrow(0, 0, 4).gather(1, &labels, false).squeeze_dim(1);
+            assert!((out.logprobs - want).abs().max().double_value(&[]) < 1e-5, "{name}");
+        }
+    }
+}
+
+/// Held by tests that draw dropout masks: the CPU generator is one for all threads.
+static GENERATOR: std::sync::Mutex<()> = std::sync::Mutex::new(());
+
+#[test]
+fn dropout_acts_on_the_update_of_the_output_layer() {
+    let model = tiny("llama");
+    let adapter = on_output(&model, 0.5);
+    disturb(adapter.as_ref(), 0.1);
+    let layer = model.linear_layers().last().unwrap();
+    let hidden_states = Tensor::ones([2, layer.weight.size().1], (Kind::Float, Device::Cpu));
+    let states = || adapter.output(layer, &hidden_states).unwrap().0;
+    assert!(states().equal(&states()));
+    let _lock = GENERATOR.lock().unwrap();
+    adapter.set_training(true);
+    assert!(!states().equal(&states()), "two draws of the mask");
+}
+
+#[test]
+fn checkpointing_with_dropout_changes_no_gradient() {
+    let model = tiny("llama");
+    let config = LoraConfig { lora_dropout: 0.3, ..rank4() };
+    let gradients = |is_checkpointed: bool| {
+        let adapter = Rc::new(LoraAdapter::new(config.clone(), &model, 1).unwrap());
+        disturb(adapter.as_ref(), 0.05);
+        adapter.set_training(true);
+        let sites: Rc<dyn Sites> = adapter.clone();
+        let group = pt_model::PromptGroup::single(vec![1, 2], pt_model::Completion::new(vec![3, 4, 5]));
+        let batch = pt_model::PackedBatch::new(&[group], Device::Cpu).unwrap();
+        let _lock = GENERATOR.lock().unwrap();
+        pt_tensor::random::seed(5);
+        let run = pt_model::RunOptions { is_checkpointed };
+        let out = model.label_logprobs(&batch, &sites, run, &Default::default()).unwrap();
+        out.logprobs.sum(Kind::Float).backward();
+        adapter.parameters().into_iter().map(|(name, tensor)| (name, tensor.grad())).collect::<Vec<_>>()
+    };
+    for ((name, plain), (_, checkpointed)) in gradients(false).into_iter().zip(gradients(true)) {
+        assert!((plain - checkpointed).abs().max().double_value(&[]) < 1e-6, "{name}");
+    }
+}
+
+#[test]
+fn adapters_come_out_in_reverse_order_only() {
+    for name in ["llama", "gpt2"] {
+        let mut model = tiny(name);
+        let make = |model: &pt_model::CausalLm, modules_to_save: Vec<String>| {
+            let config = LoraConfig { modules_to_save, ..rank4() };
+            let adapter = LoraAdapter::new(config, model, 1).unwrap();
+            disturb(&adapter, 0.05);
+            adapter
+        };
+        let embedding = if name == "gpt2" { "wte" } else { "embed_tokens" };
+        for whole in [vec![], vec![embedding.to_string()]] {
+            let [first, second] = [make(&model, whole.clone()), make(&model, whole)];
+            let values = |model: &pt_model::CausalLm| {
+                model.named_parameters().unwrap().into_iter().map(|(_, tensor)| tensor.copy()).collect::<Vec<_>>()
+            };
+            let bare = values(&model);
+            first.merge_into(&mut model).unwrap();
+            second.merge_into(&mut model).unwrap();
+            let both = values(&model);
+            let error = first.unmerge_from(&mut model).unwrap_err();
+            assert!(matches!(&error, PeftError::State(why) if why.contains("merged after it first")), "{error}");
+            assert!(values(&model).iter().zip(&both).all(|(a, b)| a.equal(b)), "a refused unmerge changes nothing");
+            second.unmerge_from(&mut model).unwrap();
+            first.unmerge_from(&mut model).unwrap();
+            assert!(values(&model).iter().zip(&bare).all(|(a, b)| a.equal(b)));
+        }
+    }
+}
+
+#[test]
+fn exchanging_an_active_adapter_is_checked_as_activating_it_is() {
+    let model = tiny("llama_untied");
+    let make = |modules_to_save: &[&str]| {
+        let modules_to_save = modules_to_save.iter().map(ToString::to_string).collect();
+        Rc::new(LoraAdapter::new(LoraConfig { modules_to_save, ..rank4() }, &model, 1).unwrap())
+    };
+    let mut set = AdapterSet::new();
+    set.insert("a", make(&["lm_head"])).unwrap();
+    set.insert("b", make(&[])).unwrap();
+    set.set_active(&["a", "b"]).unwrap();
+    assert!(matches!(set.insert("b", make(&["lm_head"])), Err(PeftError::State(_))));
+    assert!(set.get("b").unwrap().replaced_parameters().is_empty(), "the old one stays");
+    set.insert("a", make(&[])).unwrap();
+    set.insert("b", make(&["lm_head"])).unwrap();
+}
+
+#[test]
+fn layers_of_a_model_of_ones_own_take_an_adapter() {
+    let weight = |seed: f64| (Tensor::arange(20, (Kind::Float, Device::Cpu)) * seed).sin().view([5, 4]);
+    let mut layers = [1.3, 0.7].map(|seed| {
+        let index = usize::from(seed < 1.0);
+        Linear::dense(index, format!("blocks.{index}.proj"), weight(seed), None).unwrap()
+    });
+    let config = LoraConfig { target_modules: names(&["proj"]), ..rank4() };
+    let adapter = LoraAdapter::new(config, layers.as_slice(), 2).unwrap();
+    disturb(&adapter, 0.1);
+    let x = weight(2.1).narrow(0, 0, 3);
+    let live = adapter.linear(&layers[1], &x).unwrap();
+    assert!(!live.equal(&layers[1].forward(&x).unwrap()));
+    let folder = tempfile::tempdir().unwrap();
+    adapter.save(&folder.path().join("a")).unwrap();
+    let loaded = LoraAdapter::load(&folder.path().join("a"), layers.as_slice()).unwrap();
+    assert!(loaded.linear(&layers[1], &x).unwrap().equal(&live));
+    adapter.merge_into_layers(&mut layers).unwrap();
+    assert!((layers[1].forward(&x).unwrap() - live).abs().max().double_value(&[]) < 1e-5);
+    adapter.unmerge_from_layers(&mut layers).unwrap();
+    assert!(layers[1].weight.dense().unwrap().equal(&weight(0.7)));
 }

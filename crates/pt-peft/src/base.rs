@@ -1,0 +1,69 @@
+//! What an adapter goes on.
+
+use crate::Result;
+use pt_model::{CausalLm, Linear};
+use pt_tensor::{Kind, Tensor, no_grad};
+
+/// The frozen side of an adapter: a [`CausalLm`], or linear layers of a model of one's own (a slice of [`Linear`], each
+/// with an index of its own), made with `into()`.
+#[derive(Debug)]
+pub struct Base<'a> {
+    pub(crate) layers: Vec<&'a Linear>,
+    /// Position of the output layer, which `all-linear` leaves out.
+    pub(crate) output: Option<usize>,
+    model: Option<&'a CausalLm>,
+}
+
+impl<'a> From<&'a CausalLm> for Base<'a> {
+    fn from(model: &'a CausalLm) -> Self {
+        let layers: Vec<&Linear> = model.linear_layers().collect();
+        // By the model's contract the output layer is the last.
+        Self { output: layers.len().checked_sub(1), layers, model: Some(model) }
+    }
+}
+
+impl<'a> From<&'a [Linear]> for Base<'a> {
+    fn from(layers: &'a [Linear]) -> Self {
+        Self { layers: layers.iter().collect(), output: None, model: None }
+    }
+}
+
+impl Base<'_> {
+    /// What the model computes in.
+    pub(crate) fn kind(&self) -> Kind {
+        let of_layers = || self.layers.first().map_or(Kind::Float, |layer| layer.weight.kind());
+        self.model.map_or_else(of_layers, CausalLm::kind)
+    }
+
+    /// Every parameter by name; of layers alone, their weights and biases.
+    pub(crate) fn named_parameters(&self) -> Result<Vec<(String, Tensor)>> {
+        if let Some(model) = self.model {
+            return Ok(model.named_parameters()?);
+        }
+        let mut all = Vec::new();
+        for layer in &self.layers {
+            all.push((format!("{}.weight", layer.path), layer.weight.dense()?));
+            all.extend(layer.bias.iter().map(|bias| (format!("{}.bias", layer.path), bias.shallow_clone())));
+        }
+        Ok(all)
+    }
+
+    /// A parameter by its name.
+    pub(crate) fn parameter(&self, name: &str) -> Result<Option<Tensor>> {
+        match self.model {
+            Some(model) => Ok(model.parameter(name)),
+            None => Ok(self.named_parameters()?.into_iter().find(|(own, _)| own == name).map(|(_, tensor)| tensor)),
+        }
+    }
+
+    /// Whether a value is that of the parameter of this name.
+    pub(crate) fn has_equal(&self, name: &str, shape: &[i64], value: impl FnOnce() -> Result<Tensor>) -> Result<bool> {
+        match self.parameter(name)? {
+            Some(own) if own.size() == shape => {
+                let value = value()?.to_device(own.device()).to_kind(own.kind());
+                Ok(no_grad(|| value.equal(&own)))
+            }
+            _ => Ok(false),
+        }
+    }
+}
