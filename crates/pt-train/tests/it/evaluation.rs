@@ -2,7 +2,7 @@
 
 use crate::common::{Setup, config, fixtures, lora_config, new_run, rows, take_turns, tiny_llama};
 use pt_model::{Bare, CausalLm, Pretrained, Sites};
-use pt_peft::{Adapter, LoraAdapter};
+use pt_peft::{Adapter, AdapterSet, LoraAdapter};
 use pt_tensor::{Device, Kind, no_grad};
 use pt_train::TrainError;
 use pt_train::schedule::ScheduleConfig;
@@ -18,18 +18,22 @@ fn still() -> SftConfig {
 fn the_held_out_loss_is_taken_without_dropout() {
     let _turn = take_turns();
     let model = tiny_llama();
-    let loss = |dropout: f64| {
+    let loss = |dropout: f64, is_in_set: bool| {
         let adapter = LoraAdapter::new(lora_config(dropout), &model, 1).unwrap();
         for (_, value) in adapter.parameters().iter().filter(|(name, _)| name.ends_with("lora_B.weight")) {
             let _ = no_grad(|| value.shallow_clone().fill_(0.1));
         }
         adapter.set_training(true);
-        let sites: Rc<dyn Sites> = Rc::new(adapter);
+        let mut set = AdapterSet::new();
+        let adapter = Rc::new(adapter);
+        set.insert("one", adapter.clone()).unwrap();
+        let sites: Rc<dyn Sites> = if is_in_set { Rc::new(set) } else { adapter };
         let loss = evaluate(&model, &sites, &rows()[..10], 100).unwrap().loss;
         assert!(sites.set_training(true), "training goes on as before");
         loss
     };
-    assert_eq!(loss(0.5), loss(0.0));
+    assert_eq!(loss(0.5, false), loss(0.0, false));
+    assert_eq!(loss(0.5, true), loss(0.0, false));
 }
 
 #[test]
