@@ -37,8 +37,8 @@ pub(crate) fn setup() -> Result<Libtorch> {
         eprintln!("setup: using LIBTORCH={}", prefix.display());
         return Ok(Libtorch::User);
     }
-    let entry =
-        pt_fetch::find(platform_entry(std::env::consts::OS, std::env::consts::ARCH, cfg!(target_env = "musl"))?)?;
+    let name = platform_entry(std::env::consts::OS, std::env::consts::ARCH, cfg!(target_env = "musl"))?;
+    let entry = pt_fetch::library(name).with_context(|| format!("packages.json holds no {name}"))?;
     let folder = entry.folder()?;
     if let Some(prefix) = own_link(&link, &folder)? {
         eprintln!("setup: .libtorch is {}, outside this cache; using it as it is", prefix.display());
@@ -215,7 +215,7 @@ mod tests {
     #[test]
     fn every_platform_of_the_table_is_in_the_catalog() {
         for (os, arch) in [("linux", "x86_64"), ("linux", "aarch64"), ("macos", "aarch64")] {
-            let entry = pt_fetch::find(platform_entry(os, arch, false).unwrap()).unwrap();
+            let entry = pt_fetch::library(platform_entry(os, arch, false).unwrap()).unwrap();
             assert!(entry.name.ends_with(&format!("{os}-{arch}")), "{}", entry.name);
             let torch = &entry.packages[0];
             assert_eq!(torch.requirement(), format!("torch=={VERSION}"));

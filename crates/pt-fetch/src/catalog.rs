@@ -159,12 +159,17 @@ fn parse(text: &str) -> Result<Vec<Entry>> {
     serde_json::from_str(text).map_err(|error| FetchError::Catalog { detail: error.to_string() })
 }
 
-/// The entry of that name; libraries are found too.
+/// The library of that name: libtorch for a platform, which the set-up asks for and users do not.
+pub fn library(name: &str) -> Option<&'static Entry> {
+    table().iter().find(|entry| entry.kind == Kind::Library && entry.name == name)
+}
+
+/// The model or data set of that name.
 ///
 /// # Errors
 /// [`FetchError::UnknownName`], with the nearest name if one is near.
 pub fn find(name: &str) -> Result<&'static Entry> {
-    if let Some(entry) = table().iter().find(|entry| entry.name == name) {
+    if let Some(entry) = catalog().find(|entry| entry.name == name) {
         return Ok(entry);
     }
     let known: Vec<String> = catalog().map(|entry| entry.name.clone()).collect();
@@ -202,6 +207,14 @@ mod tests {
         names.dedup();
         assert_eq!(names.len(), table().len());
         assert!(catalog().all(|entry| !entry.name.starts_with("libtorch")));
+    }
+
+    #[test]
+    fn libraries_are_found_as_such_and_not_offered() {
+        let name = "libtorch-2.11.0-linux-x86_64";
+        assert_eq!(library(name).unwrap().name, name);
+        assert!(matches!(find(name), Err(FetchError::UnknownName { .. })));
+        assert!(library("gsm8k").is_none());
     }
 
     #[test]

@@ -31,7 +31,7 @@ pub mod fetch;
 pub mod python;
 pub mod unpack;
 
-pub use catalog::{Entry, Kind, catalog, find};
+pub use catalog::{Entry, Kind, catalog, find, library};
 pub use error::FetchError;
 pub use fetch::{fetch, fetch_entry};
 
