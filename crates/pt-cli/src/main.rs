@@ -1,8 +1,11 @@
 //! `pt`: post-training for language models, from one binary.
 #![forbid(unsafe_code)]
 
+mod answers;
 mod commands;
+mod job;
 mod open;
+mod run_command;
 mod talk;
 
 use clap::{Parser, Subcommand};

@@ -1,13 +1,18 @@
 //! Opening models and adapters as the flags say; shared by the commands.
 
-use crate::talk::Usage;
+use crate::talk::{self, Refused, Usage};
 use anyhow::Result;
 use clap::Args;
 use pt_model::{Bare, CausalLm, ModelError, Pretrained, Sites};
 use pt_peft::LoraAdapter;
 use pt_tensor::{Device, Kind, parse_device, parse_kind};
 use pt_train::TrainError;
+use pt_train::config::{load_config, parse_set};
+use pt_train::data::DataConfig;
 use pt_train::encoder::ModelEncoder;
+use pt_train::sft::SftConfig;
+use std::fs::File;
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
@@ -63,9 +68,16 @@ impl ModelArgs {
             return Ok(path);
         }
         match pt_fetch::find(&self.model) {
-            Ok(_) => Ok(pt_fetch::fetch(&self.model)?),
-            Err(unknown) if self.model.contains(['/', '\\', '.']) => {
-                let _ = unknown;
+            Ok(entry) if entry.kind == pt_fetch::Kind::Model => {
+                Ok(pt_fetch::fetch_entry(entry, &mut |line| eprintln!("{line}"))?)
+            }
+            Ok(entry) => Err(Refused {
+                message: format!("`{}` is a data set, expected a model", entry.name),
+                hint: "`pt models` lists models and data sets; `pt fetch` brings either".into(),
+            }
+            .into()),
+            // A path that is not there, rather than a name.
+            Err(_) if self.model.contains(['/', '\\', '.']) => {
                 Err(ModelError::Read { path, source: std::io::ErrorKind::NotFound.into() }.into())
             }
             Err(unknown) => Err(unknown.into()),
@@ -88,40 +100,77 @@ impl ModelArgs {
     }
 }
 
-/// Where JSON lines go: `--output`, written under its name only when whole, or stdout.
-pub(crate) struct Lines {
-    path: Option<PathBuf>,
-    buffer: Vec<u8>,
+/// How the rows of a data set are read, where no training configuration says it.
+#[derive(Args, Debug, Clone)]
+pub(crate) struct DataArgs {
+    /// Set one field of `data`, e.g. --set data.max_rows=100 or --set data.columns.prompt=question.
+    #[arg(long, value_name = "data.FIELD=VALUE")]
+    set: Vec<String>,
+}
+
+impl DataArgs {
+    /// The settings: `defaults`, then what was set.
+    pub(crate) fn config(&self, defaults: &[(&str, String)]) -> Result<DataConfig> {
+        let given = self.set.iter().map(|text| parse_set(text)).collect::<Result<Vec<_>, _>>()?;
+        if let Some((key, _)) = given.iter().find(|(key, _)| !key.starts_with("data.")) {
+            return Err(Usage(format!(
+                "--set {key}: only fields of `data` are set here, as in --set data.max_rows=100"
+            ))
+            .into());
+        }
+        let defaults = defaults.iter().map(|(key, value)| ((*key).to_string(), value.clone()));
+        let sets: Vec<_> = defaults.chain(given).collect();
+        // Through the whole configuration, so that names and messages are those of `pt sft`.
+        Ok(load_config::<SftConfig>(None, &sets)?.data)
+    }
+}
+
+/// Where JSON lines go.
+pub(crate) enum Lines {
+    /// Stdout, line by line.
+    Stdout,
+    /// What is no ordinary file (`/dev/null`, a named pipe, a link): written to as it stands, never replaced.
+    Special { path: PathBuf, file: File },
+    /// A file that gets its name when it is whole.
+    Whole { path: PathBuf, buffer: Vec<u8> },
 }
 
 impl Lines {
     /// Checks at once that the file can be written, not after the work.
     pub(crate) fn new(path: Option<&Path>) -> Result<Self> {
-        if let Some(path) = path {
-            let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
-            let refused = |source| TrainError::Write { path: path.to_path_buf(), source };
-            if path.is_dir() {
-                return Err(refused(std::io::ErrorKind::IsADirectory.into()).into());
-            }
-            tempfile::tempfile_in(folder).map_err(refused)?;
+        let Some(path) = path else { return Ok(Self::Stdout) };
+        let refused = |source| TrainError::Write { path: path.to_path_buf(), source };
+        if path.is_dir() {
+            return Err(refused(std::io::ErrorKind::IsADirectory.into()).into());
         }
-        Ok(Self { path: path.map(Path::to_path_buf), buffer: vec![] })
+        let path = path.to_path_buf();
+        if std::fs::symlink_metadata(&path).is_ok_and(|metadata| !metadata.is_file()) {
+            let file = File::create(&path).map_err(refused)?;
+            return Ok(Self::Special { path, file });
+        }
+        let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        tempfile::tempfile_in(folder).map_err(refused)?;
+        Ok(Self::Whole { path, buffer: vec![] })
     }
 
     pub(crate) fn push(&mut self, value: &serde_json::Value) -> Result<()> {
-        use std::io::Write;
-        let mut line = value.to_string().into_bytes();
-        line.push(b'\n');
-        match self.path {
-            Some(_) => self.buffer.extend(line),
-            None => std::io::stdout().write_all(&line)?,
+        let line = format!("{value}\n");
+        match self {
+            Self::Stdout => talk::put(line.as_bytes()),
+            Self::Special { path, file } => {
+                let written = file.write_all(line.as_bytes());
+                Ok(written.map_err(|source| TrainError::Write { path: path.clone(), source })?)
+            }
+            Self::Whole { buffer, .. } => {
+                buffer.extend(line.into_bytes());
+                Ok(())
+            }
         }
-        Ok(())
     }
 
     pub(crate) fn finish(self) -> Result<()> {
-        if let Some(path) = self.path {
-            pt_tensor::io::write_atomically(&path, |out| out.write_all(&self.buffer))?;
+        if let Self::Whole { path, buffer } = self {
+            pt_tensor::io::write_atomically(&path, |out| out.write_all(&buffer))?;
         }
         Ok(())
     }

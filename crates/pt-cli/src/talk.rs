@@ -1,11 +1,14 @@
-//! Talk on stderr: errors with their hints, progress on a terminal and plain lines elsewhere.
+//! Results on stdout; talk on stderr: errors with their hints, progress on a terminal and plain lines elsewhere.
 
+use anyhow::{Context, Result};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use pt_fetch::FetchError;
 use pt_model::ModelError;
 use pt_peft::PeftError;
 use pt_tensor::TensorError;
 use pt_train::TrainError;
-use std::io::IsTerminal;
+use std::fmt::Display;
+use std::io::{ErrorKind, IsTerminal, Write};
 use std::process::ExitCode;
 
 /// A mistake in how the command was called: exit code 2 instead of 1.
@@ -20,13 +23,36 @@ impl std::fmt::Display for Usage {
 
 impl std::error::Error for Usage {}
 
+/// What a command refuses for a reason of its own, with what to do about it: exit code 1.
+#[derive(Debug, thiserror::Error)]
+#[error("{message}")]
+pub(crate) struct Refused {
+    pub(crate) message: String,
+    pub(crate) hint: String,
+}
+
+/// The reader of stdout has gone, as in `pt models | head -1`: it has what it wanted.
+#[derive(Debug, thiserror::Error)]
+#[error("stdout was closed")]
+struct StdoutClosed;
+
+/// Writes to stdout at once; the one way to do it, since `print!` panics when the reader has gone.
+pub(crate) fn put(bytes: &[u8]) -> Result<()> {
+    let mut stdout = std::io::stdout().lock();
+    match stdout.write_all(bytes).and_then(|()| stdout.flush()) {
+        Err(error) if error.kind() == ErrorKind::BrokenPipe => Err(StdoutClosed.into()),
+        written => written.context("cannot write to stdout"),
+    }
+}
+
+/// A line on stdout.
+pub(crate) fn say(line: impl Display) -> Result<()> {
+    put(format!("{line}\n").as_bytes())
+}
+
 /// Prints the chain of causes and what to do; returns the exit code.
 pub(crate) fn report(error: &anyhow::Error) -> ExitCode {
-    // A reader that closed the pipe (`pt generate | head`) has what it wanted.
-    if error
-        .chain()
-        .any(|e| e.downcast_ref::<std::io::Error>().is_some_and(|e| e.kind() == std::io::ErrorKind::BrokenPipe))
-    {
+    if error.is::<StdoutClosed>() {
         return ExitCode::SUCCESS;
     }
     let mut said: Vec<String> = Vec::new();
@@ -53,6 +79,12 @@ fn hint(cause: &(dyn std::error::Error + 'static)) -> Option<String> {
     }
     if cause.is::<Usage>() {
         return Some("`pt help COMMAND` shows the options; `pt sft --print-config` the fields and their values".into());
+    }
+    if let Some(refused) = cause.downcast_ref::<Refused>() {
+        return Some(refused.hint.clone());
+    }
+    if let Some(error) = cause.downcast_ref::<FetchError>() {
+        return Some(error.hint());
     }
     if let Some(error) = cause.downcast_ref::<PeftError>() {
         return error.hint();

@@ -1,15 +1,16 @@
 //! `pt demo`: the main job on a real model and real data, measured before and after.
 
-use super::sft::Job;
-use crate::talk;
+use crate::answers::answers;
+use crate::job::Job;
+use crate::talk::say;
 use anyhow::{Context, Result};
-use pt_model::{Bare, CausalLm, GenerateConfig, Pretrained, Sites, generate};
+use pt_model::{Bare, CausalLm, Pretrained, Sites};
 use pt_tensor::{parse_device, parse_kind};
 use pt_train::Origin;
 use pt_train::data::{Encode, Message, Row, RowContent, Text};
 use pt_train::encoder::ModelEncoder;
 use pt_train::report::{Better, Headline, Sample};
-use pt_train::sft::SftConfig;
+use pt_train::sft::{Ending, SftConfig};
 use serde_json::Value;
 use std::collections::HashSet;
 use std::path::{Path, PathBuf};
@@ -54,6 +55,9 @@ struct SftArgs {
     /// Set a field of the training configuration, as in `pt sft`.
     #[arg(long, value_name = "FIELD=VALUE")]
     set: Vec<String>,
+    /// Continue the run in --output from its last checkpoint.
+    #[arg(long)]
+    resume: bool,
 }
 
 pub(crate) fn run(args: Args) -> Result<ExitCode> {
@@ -164,16 +168,7 @@ fn answer(
             encoder.encode(&text).map_err(anyhow::Error::msg)
         })
         .collect::<Result<_>>()?;
-    let config = GenerateConfig { max_new_tokens: 32, stop_ids: encoder.stop_ids().to_vec(), ..Default::default() };
-    let bar = talk::bar(questions.len() as u64, what);
-    let mut answers = Vec::new();
-    for batch in prompts.chunks(16) {
-        for row in generate(model, None, batch, &config, sites, |_, _| true)? {
-            answers.push(encoder.tokenizer.decode(&row.token_ids, true)?.trim().to_string());
-        }
-        bar.inc(batch.len() as u64);
-    }
-    bar.finish_and_clear();
+    let answers = answers(model, sites, encoder, &prompts, 32, what)?;
     let accepted = |q: &Question| q.answers.iter().map(|a| normalise(a)).collect::<HashSet<_>>();
     let count = questions.len() as f64;
     let exact =
@@ -192,13 +187,16 @@ fn sft(args: SftArgs) -> Result<ExitCode> {
     let rows =
         |questions: &[&Question]| questions.iter().enumerate().map(|(index, q)| row(q, index)).collect::<Vec<_>>();
 
-    let mut sets = vec![
-        ("save_every".to_string(), "50".to_string()),
-        ("data.max_length".into(), "768".into()),
-        ("data.too_long".into(), "drop".into()),
-    ];
+    // A resumed run goes on with its own configuration.
+    let saved = Some(args.output.join("config.yaml")).filter(|path| args.resume && path.exists());
+    let mut sets: Vec<(String, String)> = Vec::new();
+    if saved.is_none() {
+        let own = [("save_every", "50"), ("data.max_length", "768"), ("data.too_long", "drop")];
+        sets.extend(own.map(|(key, value)| (key.to_string(), value.to_string())));
+    }
     sets.extend(args.set.iter().map(|text| pt_train::config::parse_set(text)).collect::<Result<Vec<_>, _>>()?);
-    let config: SftConfig = pt_train::config::load_config(None, &sets)?;
+    let config: SftConfig = pt_train::config::load_config(saved.as_deref(), &sets)?;
+    config.validate()?;
     let device = parse_device(&args.device)?;
     let job = Job {
         model_path: args.model.clone(),
@@ -209,7 +207,11 @@ fn sft(args: SftArgs) -> Result<ExitCode> {
         eval_rows: rows(&eval_questions),
         config,
         output: args.output.clone(),
-        resume: false,
+        resume: args.resume,
+        // The demo measures its own answers, more of them.
+        num_samples: 0,
+        command: None,
+        again: again(std::env::args()),
     };
     eprintln!(
         "{} questions to train on, {} held out from {} other articles (SQuAD, CC BY-SA 4.0)",
@@ -223,7 +225,10 @@ fn sft(args: SftArgs) -> Result<ExitCode> {
     let mut model = CausalLm::load(&pretrained, job.device, job.kind)?;
     let bare: Rc<dyn Sites> = Rc::new(Bare);
     let before = answer(&model, &bare, &encoder, &eval_questions, "before training")?;
-    let finished = job.train(&pretrained, &mut model, checked, vec![])?;
+    let finished = job.train(&pretrained, &mut model, checked)?;
+    if finished.outcome.ending == Ending::Interrupted {
+        return Ok(ExitCode::from(130));
+    }
     let after = answer(&model, &finished.sites, &encoder, &eval_questions, "after training")?;
 
     let samples: Vec<Sample> = eval_questions
@@ -263,19 +268,29 @@ fn sft(args: SftArgs) -> Result<ExitCode> {
         vec![headline("exact answers", before.0, after.0), headline("answer F1", before.1, after.1)],
         samples,
     )?;
-    let loss = |e: Option<pt_train::sft::Evaluation>| e.map_or(f64::NAN, |e| e.loss);
-    println!("held-out loss   {:.4} -> {:.4} nats per token", loss(finished.before), loss(finished.outcome.evaluation));
-    println!("exact answers   {:.1} % -> {:.1} %", before.0 * 100.0, after.0 * 100.0);
-    println!("answer F1       {:.1} % -> {:.1} %", before.1 * 100.0, after.1 * 100.0);
-    println!("report          {}", finished.run.report_path().display());
-    println!("adapter         {}", finished.adapter.display());
-    println!("\nTalk with it:");
-    println!(
+    let (loss_before, loss_after) = (finished.loss.0.unwrap_or(f64::NAN), finished.loss.1.unwrap_or(f64::NAN));
+    say(format_args!("held-out loss   {loss_before:.4} -> {loss_after:.4} nats per token"))?;
+    say(format_args!("exact answers   {:.1} % -> {:.1} %", before.0 * 100.0, after.0 * 100.0))?;
+    say(format_args!("answer F1       {:.1} % -> {:.1} %", before.1 * 100.0, after.1 * 100.0))?;
+    say(format_args!("report          {}", finished.run.report_path().display()))?;
+    say(format_args!("adapter         {}", finished.chosen.display()))?;
+    say("\nTalk with it:")?;
+    say(format_args!(
         "  cargo run --release -p pt-cli -- chat --model {} --adapter {}",
         args.model.display(),
-        finished.adapter.display()
-    );
+        finished.chosen.display()
+    ))?;
     Ok(ExitCode::SUCCESS)
+}
+
+/// This command once more, with `--resume`.
+fn again(words: impl Iterator<Item = String>) -> String {
+    let words = words.map(|word| if word.contains(' ') { format!("'{word}'") } else { word });
+    let mut words: Vec<String> = words.collect();
+    if !words.iter().any(|word| word == "--resume") {
+        words.push("--resume".into());
+    }
+    words.join(" ")
 }
 
 #[cfg(test)]

@@ -1,5 +1,6 @@
 //! `pt fetch`
 
+use crate::talk::say;
 use anyhow::Result;
 use std::process::ExitCode;
 
@@ -10,6 +11,6 @@ pub(crate) struct Args {
 }
 
 pub(crate) fn run(args: Args) -> Result<ExitCode> {
-    println!("{}", pt_fetch::fetch(&args.name)?.display());
+    say(pt_fetch::fetch(&args.name)?.display())?;
     Ok(ExitCode::SUCCESS)
 }

@@ -1,10 +1,12 @@
 //! `pt generate`
 
-use crate::open::{Lines, ModelArgs, Opened};
+use crate::open::{DataArgs, Lines, ModelArgs};
 use crate::talk::{self, Usage};
 use anyhow::{Context, Result};
-use pt_model::{FinishReason, GenerateConfig, Generated, generate};
-use pt_train::data::{Encode, ReadOptions, Row, RowContent, Text, read_rows};
+use clap::builder::RangedU64ValueParser;
+use pt_model::{GenerateConfig, check_prompt, generate};
+use pt_train::Origin;
+use pt_train::data::{Encode, Message, ReadOptions, Row, RowContent, Text, read_rows};
 use serde_json::json;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -14,7 +16,7 @@ use std::time::Instant;
 pub(crate) struct Args {
     #[command(flatten)]
     model: ModelArgs,
-    /// JSONL or JSON rows with `prompt` (text or messages) or `messages`.
+    /// JSONL or JSON rows with `prompt` (text or messages) or `messages`; what a row holds beside its prompt is left out.
     #[arg(long, required_unless_present = "prompt")]
     data: Option<PathBuf>,
     /// A single prompt instead of a file; rendered as a user's turn where the model has a chat template.
@@ -24,10 +26,15 @@ pub(crate) struct Args {
     #[arg(long)]
     output: Option<PathBuf>,
     /// Rows that are written side by side.
-    #[arg(long, default_value_t = 16)]
+    #[arg(long, default_value_t = 16, value_parser = at_least_one())]
     batch_size: usize,
     #[command(flatten)]
     sampling: Sampling,
+    /// Completions per prompt.
+    #[arg(long, default_value_t = 1, value_parser = at_least_one())]
+    num_samples: usize,
+    #[command(flatten)]
+    read: DataArgs,
     /// Add the log-prob of each token.
     #[arg(long)]
     logprobs: bool,
@@ -37,22 +44,22 @@ pub(crate) struct Args {
 #[derive(clap::Args, Clone, Debug)]
 pub(crate) struct Sampling {
     /// Most tokens of a completion.
-    #[arg(long, default_value_t = 256)]
+    #[arg(long, default_value_t = 256, value_parser = at_least_one())]
     pub(crate) max_new_tokens: usize,
     /// 0 takes the most probable token.
-    #[arg(long, default_value_t = 0.0)]
+    #[arg(long, default_value_t = 0.0, value_parser = number("0 or more", |t| t >= 0.0 && t.is_finite()))]
     pub(crate) temperature: f64,
     /// Choose among this many most probable tokens; 0 for all.
     #[arg(long, default_value_t = 0)]
     pub(crate) top_k: usize,
     /// Choose among the fewest tokens whose probabilities sum to this.
-    #[arg(long, default_value_t = 1.0)]
+    #[arg(long, default_value_t = 1.0, value_parser = number("over 0 and at most 1", |p| p > 0.0 && p <= 1.0))]
     pub(crate) top_p: f64,
     /// Choose among tokens at least this likely relative to the likeliest.
-    #[arg(long, default_value_t = 0.0)]
+    #[arg(long, default_value_t = 0.0, value_parser = number("between 0 and 1", |p| (0.0..=1.0).contains(&p)))]
     pub(crate) min_p: f64,
     /// Over 1 makes tokens that already occurred less likely.
-    #[arg(long, default_value_t = 1.0)]
+    #[arg(long, default_value_t = 1.0, value_parser = number("over 0", |r| r > 0.0 && r.is_finite()))]
     pub(crate) repetition_penalty: f64,
     /// End a completion before this text; may be given several times.
     #[arg(long)]
@@ -60,14 +67,27 @@ pub(crate) struct Sampling {
     /// Seed of the random choices.
     #[arg(long, default_value_t = 0)]
     pub(crate) seed: u64,
-    /// Completions per prompt.
-    #[arg(long, default_value_t = 1)]
-    pub(crate) num_samples: usize,
+}
+
+/// A count that cannot be 0.
+pub(crate) fn at_least_one() -> RangedU64ValueParser<usize> {
+    RangedU64ValueParser::new().range(1..)
+}
+
+/// A parser of numbers for which `is_good` holds; `expected` says which those are.
+fn number(
+    expected: &'static str,
+    is_good: fn(f64) -> bool,
+) -> impl Fn(&str) -> Result<f64, String> + Clone + Send + Sync + 'static {
+    move |text| match text.parse() {
+        Ok(value) if is_good(value) => Ok(value),
+        _ => Err(format!("expected {expected}")),
+    }
 }
 
 impl Sampling {
-    /// With the model's own end tokens.
-    pub(crate) fn config(&self, stop_ids: &[i64], with_logprobs: bool) -> GenerateConfig {
+    /// With the model's own end tokens; one completion per prompt.
+    pub(crate) fn config(&self, stop_ids: &[i64]) -> GenerateConfig {
         GenerateConfig {
             max_new_tokens: self.max_new_tokens,
             temperature: self.temperature,
@@ -78,55 +98,45 @@ impl Sampling {
             stop: self.stop.clone(),
             stop_ids: stop_ids.to_vec(),
             seed: self.seed,
-            first_prompt: 0,
-            num_samples: self.num_samples,
-            with_logprobs,
+            ..Default::default()
         }
+    }
+}
+
+/// The turns before the assistant's last one, and the text of that one where it ends the conversation.
+pub(crate) fn split_last_answer(messages: &[Message]) -> (&[Message], Option<&Message>) {
+    match messages.split_last() {
+        Some((last, before)) if last.role == "assistant" => (before, Some(last)),
+        _ => (messages, None),
     }
 }
 
 /// Token ids of a row's prompt: messages up to the assistant's last turn through the chat template, text as it is.
 pub(crate) fn prompt_ids(row: &Row, encoder: &dyn Encode) -> Result<Vec<i64>> {
-    let place = || format!("{}", row.origin);
-    let chat = |messages: &[pt_train::data::Message], tools: Option<&serde_json::Value>| {
-        encoder.render(messages, tools, true).map_err(anyhow::Error::msg).with_context(place)
+    let place = || row.origin.to_string();
+    let chat = |messages: &[Message], tools: Option<&serde_json::Value>| -> Result<Vec<i64>> {
+        let text = encoder.render(messages, tools, true).map_err(anyhow::Error::msg).with_context(place)?;
+        encoder.encode(&text).map_err(anyhow::Error::msg).with_context(place)
     };
-    let text = match &row.content {
-        RowContent::Chat { messages, tools } => {
-            let keep = match messages.last() {
-                Some(last) if last.role == "assistant" => messages.len() - 1,
-                _ => messages.len(),
-            };
-            chat(&messages[..keep], tools.as_ref())?
+    match &row.content {
+        RowContent::Chat { messages, tools } => chat(split_last_answer(messages).0, tools.as_ref()),
+        RowContent::Completion { prompt: Text::Chat(messages), tools, .. }
+        | RowContent::Prompt { prompt: Text::Chat(messages), tools } => chat(messages, tools.as_ref()),
+        RowContent::Completion { prompt: Text::Plain(text), .. }
+        | RowContent::Prompt { prompt: Text::Plain(text), .. }
+        | RowContent::Text(text) => {
+            let ids = encoder.encode(text).map_err(anyhow::Error::msg).with_context(place)?;
+            Ok(encoder.bos_id().into_iter().chain(ids).collect())
         }
-        RowContent::Completion { prompt: Text::Chat(messages), tools, .. } => chat(messages, tools.as_ref())?,
-        RowContent::Completion { prompt: Text::Plain(text), .. } | RowContent::Text(text) => text.clone(),
-        other => {
-            return Err(Usage(format!("{}: a {} row holds no prompt to complete", row.origin, other.form())).into());
-        }
-    };
-    encoder.encode(&text).map_err(anyhow::Error::msg).with_context(place)
-}
-
-/// The completion as text: without end tokens, and cut before a stop text.
-pub(crate) fn completion_text(row: &Generated, opened: &Opened, config: &GenerateConfig) -> Result<String> {
-    let mut ids = row.token_ids.as_slice();
-    if let (FinishReason::Stop, Some((last, rest))) = (row.finish_reason, ids.split_last())
-        && config.stop_ids.contains(last)
-    {
-        ids = rest;
+        other => Err(Usage(format!("{}: a {} row holds no prompt to complete", row.origin, other.form())).into()),
     }
-    let mut text = opened.encoder()?.tokenizer.decode(ids, true)?;
-    if let Some(end) = config.stop.iter().filter_map(|stop| text.find(stop.as_str())).min() {
-        text.truncate(end);
-    }
-    Ok(text)
 }
 
 pub(crate) fn run(args: Args) -> Result<ExitCode> {
     let mut lines = Lines::new(args.output.as_deref())?;
+    let options = ReadOptions { prompt_only: true, ..args.read.config(&[])?.read_options() };
     let rows = match &args.data {
-        Some(path) => Some(read_rows(std::slice::from_ref(path), &ReadOptions::default())?),
+        Some(path) => Some(read_rows(std::slice::from_ref(path), &options)?),
         None => None,
     };
     let opened = args.model.open()?;
@@ -134,27 +144,36 @@ pub(crate) fn run(args: Args) -> Result<ExitCode> {
     let prompts: Vec<Vec<i64>> = match (&rows, &args.prompt) {
         (Some(rows), _) => rows.iter().map(|row| prompt_ids(row, &encoder)).collect::<Result<_>>()?,
         (None, Some(text)) => {
-            let text = match encoder.has_template() {
-                true => encoder
-                    .render(&[pt_train::data::Message::new("user", text.as_str())], None, true)
-                    .map_err(anyhow::Error::msg)?,
-                false => text.clone(),
+            let prompt = match encoder.has_template() {
+                true => Text::Chat(vec![Message::new("user", text.as_str())]),
+                false => Text::Plain(text.clone()),
             };
-            vec![encoder.encode(&text).map_err(anyhow::Error::msg)?]
+            let origin = Origin { path: "--prompt".into(), position: 0, is_line: false };
+            let row = Row { content: RowContent::Prompt { prompt, tools: None }, origin, source: String::new() };
+            vec![prompt_ids(&row, &encoder)?]
         }
         (None, None) => return Err(Usage("give --data or --prompt".into()).into()),
     };
-    let config = args.sampling.config(encoder.stop_ids(), args.logprobs);
+    // All of them before the first is completed: a fault in the last row must not cost the work on the others.
+    for (index, prompt) in prompts.iter().enumerate() {
+        let place = rows.as_ref().map_or("--prompt".into(), |rows| rows[index].origin.to_string());
+        check_prompt(&opened.model, prompt).context(place)?;
+    }
+    let config = GenerateConfig {
+        num_samples: args.num_samples,
+        with_logprobs: args.logprobs,
+        ..args.sampling.config(encoder.stop_ids())
+    };
     let (bar, started) = (talk::bar(prompts.len() as u64, "rows"), Instant::now());
     let mut num_tokens = 0;
-    for (chunk, batch) in prompts.chunks(args.batch_size.max(1)).enumerate() {
-        let config = GenerateConfig { first_prompt: (chunk * args.batch_size.max(1)) as u64, ..config.clone() };
+    for (chunk, batch) in prompts.chunks(args.batch_size).enumerate() {
+        let config = GenerateConfig { first_prompt: (chunk * args.batch_size) as u64, ..config.clone() };
         let completions = generate(&opened.model, Some(encoder.tokenizer), batch, &config, &opened.sites, |_, _| true)?;
         for samples in completions.chunks(config.num_samples) {
             for row in samples {
                 num_tokens += row.token_ids.len();
                 let mut line = json!({
-                    "completion": completion_text(row, &opened, &config)?,
+                    "completion": row.text,
                     "token_ids": row.token_ids,
                     "finish_reason": row.finish_reason,
                 });

@@ -1,25 +1,34 @@
 //! `pt inspect`
 
-use crate::open::ModelArgs;
+use crate::open::{DataArgs, ModelArgs, no_tokenizer};
+use crate::run_command::RunCommand;
+use crate::talk::{Usage, say};
 use anyhow::Result;
 use pt_model::Pretrained;
 use pt_peft::LoraConfig;
-use pt_train::data::{DataConfig, preflight, read_rows};
+use pt_train::TrainError;
+use pt_train::data::{DataConfig, Row, preflight, read_rows, render_example, row_to_group};
+use pt_train::encoder::ModelEncoder;
+use pt_train::metrics::read_series;
+use pt_train::run_dir::Best;
 use serde_json::json;
+use std::collections::BTreeMap;
 use std::io::IsTerminal;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 #[derive(clap::Args)]
 pub(crate) struct Args {
-    /// A model, an adapter folder, or (with --model for its tokenizer) a data set.
+    /// A model, an adapter folder, a run, or (with --model for its tokenizer) a data set.
     path: PathBuf,
     /// The model whose tokenizer and template a data set is read with.
     #[arg(long)]
     model: Option<String>,
-    /// Longest row of a data set, in tokens.
-    #[arg(long, default_value_t = 1024)]
-    max_length: usize,
+    /// Longest row of a data set, in tokens; 1024 when neither this nor data.max_length is set.
+    #[arg(long)]
+    max_length: Option<usize>,
+    #[command(flatten)]
+    read: DataArgs,
     /// Print JSON instead of text.
     #[arg(long)]
     json: bool,
@@ -28,13 +37,85 @@ pub(crate) struct Args {
 pub(crate) fn run(args: Args) -> Result<ExitCode> {
     if args.path.join("adapter_config.json").exists() {
         let config = LoraConfig::from_peft_file(&args.path.join("adapter_config.json"))?;
-        println!("{}", serde_json::to_string_pretty(&config)?);
+        say(serde_json::to_string_pretty(&config)?)?;
         return Ok(ExitCode::SUCCESS);
+    }
+    if args.path.join("config.yaml").exists() {
+        return run_folder(&args);
     }
     match args.model.clone() {
         Some(model) => data(&args, model),
+        None if is_data(&args.path) => {
+            let path = args.path.display();
+            Err(Usage(format!("{path} is a data set: give --model, whose tokenizer and template read it")).into())
+        }
         None => model(&args),
     }
+}
+
+/// Whether a path is rows: a file by its name, a folder by the files in it.
+fn is_data(path: &Path) -> bool {
+    let is_rows = |path: &Path| path.extension().is_some_and(|extension| extension == "jsonl" || extension == "json");
+    if !path.is_dir() {
+        return is_rows(path);
+    }
+    let mut files = std::fs::read_dir(path).into_iter().flatten().flatten().map(|entry| entry.path());
+    !path.join("config.json").exists() && files.any(|path| is_rows(&path))
+}
+
+/// What a run has come to. Only reads: opening it as `--resume` does would sweep away what a live trainer is writing.
+fn run_folder(args: &Args) -> Result<ExitCode> {
+    let checkpoints = args.path.join("checkpoints");
+    let names = std::fs::read_dir(&checkpoints).into_iter().flatten().flatten();
+    let mut names: Vec<String> = names.map(|entry| entry.file_name().to_string_lossy().into_owned()).collect();
+    names.retain(|name| name.starts_with("step-"));
+    names.sort();
+    // Absent, or of a run whose held-out loss was never measured.
+    let best: Option<Best> =
+        std::fs::read(checkpoints.join("best.json")).ok().and_then(|bytes| serde_json::from_slice(&bytes).ok());
+    let metrics = args.path.join("metrics.jsonl");
+    let series = if metrics.exists() { read_series(&metrics)? } else { Default::default() };
+    let last: BTreeMap<&str, (u64, f64)> =
+        series.iter().filter_map(|(name, points)| Some((name.as_str(), *points.last()?))).collect();
+    let steps = last.values().map(|(step, _)| *step).max().unwrap_or(0);
+    let command = RunCommand::load(&args.path)?;
+    if args.json {
+        let values: serde_json::Map<_, _> =
+            last.iter().map(|(name, (step, value))| ((*name).into(), json!({"step": step, "value": value}))).collect();
+        let summary = json!({
+            "path": args.path, "steps": steps, "checkpoints": names, "best": best, "metrics": values, "command": command,
+        });
+        say(serde_json::to_string_pretty(&summary)?)?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    let path = args.path.display();
+    say(format_args!("{path}\n  a run with {steps} steps done"))?;
+    if let Some(command) = &command {
+        say(format_args!("  model {}, data {}", command.model, command.data.join(", ")))?;
+    }
+    for (name, (step, value)) in &last {
+        say(format_args!("  {name}: {value:.6} at step {step}"))?;
+    }
+    let is_best = |name: &String| best.as_ref().is_some_and(|best| *name == format!("step-{:08}", best.step));
+    for name in &names {
+        let mark =
+            best.as_ref().filter(|_| is_best(name)).map(|best| format!(" (best: {} {:.4})", best.metric, best.value));
+        say(format_args!("  checkpoint {}{}", checkpoints.join(name).display(), mark.unwrap_or_default()))?;
+    }
+    say(format_args!("  continue it: pt sft --resume --output {path}"))?;
+    let chosen = names.iter().find(|name| is_best(name)).or(names.last()).map(|name| checkpoints.join(name));
+    match (chosen, &command) {
+        (Some(folder), Some(command)) if folder.join("adapter").exists() => say(format_args!(
+            "  use it: pt chat --model {} --adapter {}",
+            command.model,
+            folder.join("adapter").display()
+        ))?,
+        (Some(folder), _) if folder.join("model").exists() => {
+            say(format_args!("  use it: pt chat --model {}", folder.join("model").display()))?;
+        }
+        _ => {}
+    }
+    Ok(ExitCode::SUCCESS)
 }
 
 fn model(args: &Args) -> Result<ExitCode> {
@@ -51,56 +132,87 @@ fn model(args: &Args) -> Result<ExitCode> {
             "path": path, "architecture": config.architecture.class_name(), "parameters": parameters, "tensors": names.len(),
             "config": config.raw, "chat_template": pretrained.chat_template.is_some(),
         });
-        println!("{}", serde_json::to_string_pretty(&summary)?);
+        say(serde_json::to_string_pretty(&summary)?)?;
         return Ok(ExitCode::SUCCESS);
     }
-    println!("{}", path.display());
-    println!(
+    say(format_args!("{}", path.display()))?;
+    say(format_args!(
         "  {} with {:.1} M parameters in {} tensors",
         config.architecture.class_name(),
         parameters as f64 / 1e6,
         names.len()
-    );
-    println!(
+    ))?;
+    say(format_args!(
         "  {} layers, hidden size {}, {} heads over {} key/value heads, context {}",
         config.num_layers, config.hidden_size, config.num_heads, config.num_kv_heads, config.max_position_embeddings
-    );
-    println!(
+    ))?;
+    say(format_args!(
         "  vocabulary {}, output layer {}",
         config.vocab_size,
         if config.tie_word_embeddings { "tied" } else { "separate" }
-    );
-    println!("  chat template: {}", if pretrained.chat_template.is_some() { "yes" } else { "no" });
+    ))?;
+    say(format_args!("  chat template: {}", if pretrained.chat_template.is_some() { "yes" } else { "no" }))?;
     if let Some(tokenizer) = &pretrained.tokenizer {
         let ends: Vec<String> = tokenizer
             .eos_ids
             .iter()
             .map(|&id| format!("{id} {:?}", tokenizer.id_to_token(id).unwrap_or_default()))
             .collect();
-        println!("  ends a turn: {}", ends.join(", "));
+        say(format_args!("  ends a turn: {}", ends.join(", ")))?;
     }
-    println!(
+    say(format_args!(
         "  memory for the weights: {:.0} MB in f32, {:.0} MB in bf16",
         parameters as f64 * 4e-6,
         parameters as f64 * 2e-6
-    );
+    ))?;
     Ok(ExitCode::SUCCESS)
 }
 
 fn data(args: &Args, model: String) -> Result<ExitCode> {
-    let config = DataConfig { max_length: args.max_length, ..Default::default() };
+    // What training would refuse is counted here, so that it can be looked at.
+    let mut defaults =
+        vec![("data.on_empty", "drop".into()), ("data.too_long", "drop".into()), ("data.require_stop", "false".into())];
+    defaults.extend(args.max_length.map(|length| ("data.max_length", length.to_string())));
+    let config = args.read.config(&defaults)?;
     let rows = read_rows(std::slice::from_ref(&args.path), &config.read_options())?;
     let pretrained = ModelArgs { model, adapter: None, device: "cpu".into(), dtype: "f32".into() }.pretrained()?;
-    let encoder = pt_train::encoder::ModelEncoder::new(&pretrained)
-        .ok_or_else(|| anyhow::anyhow!("the model carries no tokenizer: put its tokenizer.json beside config.json"))?;
-    let checked = preflight(&rows, &encoder, &config)?;
+    let encoder = ModelEncoder::new(&pretrained).ok_or_else(|| no_tokenizer(&pretrained))?;
+    let checked = match preflight(&rows, &encoder, &config) {
+        Err(TrainError::AllDropped { rows: num_rows, reasons }) => {
+            return all_dropped(args, &rows, num_rows, &reasons, &encoder, &config);
+        }
+        checked => checked?,
+    };
     if args.json {
-        println!("{}", serde_json::to_string_pretty(&checked.summary)?);
+        say(serde_json::to_string_pretty(&checked.summary)?)?;
         return Ok(ExitCode::SUCCESS);
     }
-    println!("{}", checked.summary.to_text());
+    say(checked.summary.to_text())?;
     for example in checked.examples(&rows, &encoder, std::io::stdout().is_terminal()) {
-        println!("{example}");
+        say(example)?;
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// A data set that would train nothing: how many rows, why, and what the first of them are as tokens.
+fn all_dropped(
+    args: &Args,
+    rows: &[Row],
+    num_rows: usize,
+    reasons: &str,
+    encoder: &ModelEncoder<'_>,
+    config: &DataConfig,
+) -> Result<ExitCode> {
+    if args.json {
+        say(serde_json::to_string_pretty(&json!({"rows": num_rows, "kept": 0, "reasons": reasons}))?)?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    say(format_args!("none of {num_rows} rows would be trained: {reasons}\n"))?;
+    for row in rows.iter().take(3) {
+        let group = row_to_group(row, encoder, config.train_turns)?;
+        let (tokens, labels) = (group.num_tokens(), group.num_labels());
+        let text = render_example(&group, encoder, std::io::stdout().is_terminal());
+        say(format_args!("{}: {tokens} tokens, {labels} trained\n{text}", row.origin))?;
     }
     Ok(ExitCode::SUCCESS)
 }

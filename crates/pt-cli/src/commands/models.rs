@@ -1,5 +1,6 @@
 //! `pt models`
 
+use crate::talk::say;
 use anyhow::Result;
 use serde_json::json;
 use std::process::ExitCode;
@@ -15,12 +16,11 @@ pub(crate) fn run(args: Args) -> Result<ExitCode> {
     for entry in pt_fetch::catalog() {
         let kind = format!("{:?}", entry.kind).to_lowercase();
         if args.json {
-            println!(
-                "{}",
-                json!({"name": entry.name, "kind": kind, "licence": entry.licence, "description": entry.description})
-            );
+            say(json!({
+                "name": entry.name, "kind": kind, "licence": entry.licence, "description": entry.description
+            }))?;
         } else {
-            println!("{:<32} {:<6} {}  [{}]", entry.name, kind, entry.description, entry.licence);
+            say(format_args!("{:<32} {:<6} {}  [{}]", entry.name, kind, entry.description, entry.licence))?;
         }
     }
     Ok(ExitCode::SUCCESS)

@@ -1,11 +1,12 @@
 //! `pt score`
 
-use crate::open::{Lines, ModelArgs};
+use super::generate::at_least_one;
+use crate::open::{DataArgs, Lines, ModelArgs};
 use crate::talk;
 use anyhow::Result;
 use pt_model::{ModelError, PackedBatch, PromptGroup, RunOptions};
 use pt_tensor::{LabelLogprobs, no_grad};
-use pt_train::data::{ReadOptions, RowContent, TrainTurns, read_rows, row_to_group, row_to_pair};
+use pt_train::data::{RowContent, read_rows, row_to_group, row_to_pair};
 use serde_json::json;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -14,7 +15,8 @@ use std::process::ExitCode;
 pub(crate) struct Args {
     #[command(flatten)]
     model: ModelArgs,
-    /// JSONL or JSON rows: `prompt` and `completion`, `messages`, or `prompt`, `chosen`, `rejected`.
+    /// JSONL or JSON rows: `prompt` and `completion`, `messages`, or `prompt`, `chosen`, `rejected`. The token that ends
+    /// a turn is added to completions that are plain text, and scored with them.
     #[arg(long)]
     data: PathBuf,
     /// File for the results, one JSON line per row in order; stdout when absent.
@@ -24,13 +26,16 @@ pub(crate) struct Args {
     #[arg(long)]
     tokens: bool,
     /// Most tokens that go through the model at once.
-    #[arg(long, default_value_t = 4096)]
+    #[arg(long, default_value_t = 4096, value_parser = at_least_one())]
     max_tokens: usize,
+    #[command(flatten)]
+    read: DataArgs,
 }
 
 pub(crate) fn run(args: Args) -> Result<ExitCode> {
     let mut lines = Lines::new(args.output.as_deref())?;
-    let rows = read_rows(std::slice::from_ref(&args.data), &ReadOptions::default())?;
+    let data = args.read.config(&[])?;
+    let rows = read_rows(std::slice::from_ref(&args.data), &data.read_options())?;
     let opened = args.model.open()?;
     let encoder = opened.encoder()?;
     let context = opened.model.config().max_position_embeddings as usize;
@@ -38,7 +43,7 @@ pub(crate) fn run(args: Args) -> Result<ExitCode> {
     for row in &rows {
         let group = match row.content {
             RowContent::Preference { .. } => row_to_pair(row, &encoder)?,
-            _ => row_to_group(row, &encoder, TrainTurns::All)?,
+            _ => row_to_group(row, &encoder, data.train_turns)?,
         };
         if group.longest_sequence() > context {
             let fault = ModelError::TooLong { length: group.longest_sequence(), context };

@@ -130,6 +130,82 @@ fn unknown_keys_and_bad_values_are_named_with_near_names() {
 }
 
 #[test]
+fn a_misspelt_name_of_the_catalog_gets_a_suggestion() {
+    let workshop = Workshop::new();
+    let generate = |model| ["generate", "--model", model, "--prompt", "t5"];
+    refused(&workshop, &generate("smolm2-135m-instruct"), 1, &["did you mean `smollm2-135m-instruct`?"]);
+    refused(&workshop, &generate("gsm8k"), 1, &["`gsm8k` is a data set"]);
+    refused(&workshop, &["fetch", "libtorch-2.11.0-linux-x86_64"], 1, &["no model or data set named"]);
+}
+
+#[test]
+fn settings_that_contradict_each_other_are_refused() {
+    let workshop = Workshop::new();
+    workshop.stdout(&workshop.sft("first", &["--set", "max_steps=1"]));
+    let adapter = "first/checkpoints/step-00000001/adapter";
+    sft_refused(&workshop, &["--adapter", adapter], 2, &["--set lora.rank=2 beside --adapter"]);
+    let without_lora = ["sft", "--model", "model", "--data", "rows.jsonl", "--output", "run", "--set", "lora=null"];
+    let with = |more: &[&'static str]| without_lora.iter().chain(more).copied().collect::<Vec<_>>();
+    refused(&workshop, &with(&["--adapter", adapter]), 2, &["lora is null"]);
+    refused(&workshop, &with(&["--dtype", "bf16"]), 2, &["--dtype is bf16", "in f32"]);
+    let score = ["score", "--model", "model", "--data", "rows.jsonl", "--set", "lora.rank=2"];
+    refused(&workshop, &score, 2, &["--set lora.rank"]);
+}
+
+#[test]
+fn numbers_out_of_range_are_wrong_usage() {
+    let workshop = Workshop::new();
+    let faults = [
+        ("--top-p", "2"),
+        ("--top-p", "NaN"),
+        ("--min-p", "-1"),
+        ("--temperature", "-1"),
+        ("--repetition-penalty", "0"),
+        ("--max-new-tokens", "0"),
+        ("--num-samples", "0"),
+        ("--batch-size", "0"),
+    ];
+    for (flag, value) in faults {
+        let argument = format!("{flag}={value}");
+        let output = workshop.run(&["generate", "--model", "model", "--prompt", "t5", &argument]);
+        assert_eq!(output.status.code(), Some(2), "{}", stderr(&output));
+        assert!(stderr(&output).contains(flag), "{}", stderr(&output));
+    }
+    // As many as one may wish; the context ends the completion.
+    workshop.stdout(&["generate", "--model", "model", "--prompt", "t5", "--max-new-tokens", &usize::MAX.to_string()]);
+}
+
+#[test]
+fn a_bad_prompt_is_named_before_any_is_completed() {
+    let workshop = Workshop::new();
+    let long = serde_json::json!({"prompt": vec!["t9"; 64].join(" ")});
+    workshop.write("prompts.jsonl", &format!("{{\"prompt\": \"t5\"}}\n{long}\n"));
+    let args = ["generate", "--model", "model", "--data", "prompts.jsonl", "--batch-size", "1"];
+    refused(&workshop, &args, 1, &["prompts.jsonl:2", "context of 64"]);
+}
+
+#[test]
+fn tensors_that_do_not_fit_the_config_are_named() {
+    config_refused(|config| drop(config.insert("vocab_size".into(), 96.into())), &["shape", "[128", "[96"]);
+    config_refused(|config| drop(config.insert("num_hidden_layers".into(), 1.into())), &["layers.1.", "fit no part"]);
+}
+
+#[test]
+fn a_template_that_does_not_parse_is_named() {
+    let workshop = Workshop::new();
+    workshop.write("model/tokenizer_config.json", r#"{"eos_token": "t2", "chat_template": "{% for m in %}"}"#);
+    let chat = r#"{"messages": [{"role": "user", "content": "t5"}, {"role": "assistant", "content": "t6"}]}"#;
+    workshop.write("rows.jsonl", chat);
+    sft_refused(&workshop, &[], 1, &["template"]);
+}
+
+#[test]
+fn a_data_set_without_a_model_is_told_what_it_needs() {
+    let workshop = Workshop::new();
+    refused(&workshop, &["inspect", "rows.jsonl"], 2, &["rows.jsonl is a data set", "--model"]);
+}
+
+#[test]
 fn lora_settings_that_cannot_be_are_named() {
     let workshop = Workshop::new();
     sft_refused(&workshop, &["--set", "lora.rank=0"], 2, &["rank", "0"]);

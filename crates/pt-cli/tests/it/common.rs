@@ -51,6 +51,22 @@ impl Workshop {
         self.command(args).output().unwrap()
     }
 
+    /// Gives the model a chat template: `t3` before a turn, `t4` before an answer and `t2` after it.
+    pub(crate) fn with_template(self) -> Self {
+        let template = "{% for m in messages %}{% if m.role == 'assistant' %}t4 {{ m.content }} t2 {% else %}\
+                        t3 {{ m.content }} {% endif %}{% endfor %}{% if add_generation_prompt %}t4 {% endif %}";
+        let config = json!({"bos_token": "t1", "eos_token": "t2", "chat_template": template});
+        self.write("model/tokenizer_config.json", &config.to_string());
+        self
+    }
+
+    /// Runs `pt`, which must succeed, and returns what it wrote to stdout.
+    pub(crate) fn stdout(&self, args: &[&str]) -> String {
+        let output = self.run(args);
+        assert!(output.status.success(), "{args:?}: {}", stderr(&output));
+        String::from_utf8(output.stdout).unwrap()
+    }
+
     /// Arguments of a short fine-tuning run that saves every step.
     pub(crate) fn sft<'a>(&self, output: &'a str, more: &[&'a str]) -> Vec<&'a str> {
         let mut args = vec!["sft", "--model", "model", "--device", "cpu", "--data", "rows.jsonl", "--output", output];
@@ -89,6 +105,25 @@ fn rows(numbers: std::ops::Range<usize>) -> String {
             json!({"prompt": format!("t1 t{first} t{second}"), "completion": completion}).to_string() + "\n"
         })
         .collect()
+}
+
+/// The values of JSON lines.
+pub(crate) fn json_lines(text: &str) -> Vec<serde_json::Value> {
+    text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+}
+
+/// Waits until the run that `child` trains has done a step.
+pub(crate) fn wait_for_a_step(run: &Path, child: &mut std::process::Child) {
+    let patience = std::time::Instant::now();
+    while std::fs::metadata(run.join("metrics.jsonl")).map_or(0, |file| file.len()) == 0 {
+        assert!(patience.elapsed().as_secs() < 60, "no step in a minute");
+        if child.try_wait().unwrap().is_some() {
+            let mut said = String::new();
+            let _ = child.stderr.as_mut().map(|stderr| std::io::Read::read_to_string(stderr, &mut said));
+            panic!("the run ended before its first step: {said}");
+        }
+        std::thread::sleep(std::time::Duration::from_millis(10));
+    }
 }
 
 pub(crate) fn stderr(output: &Output) -> String {

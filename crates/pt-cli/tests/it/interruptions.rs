@@ -1,9 +1,9 @@
-use crate::common::{Workshop, stderr};
+use crate::common::{Workshop, stderr, wait_for_a_step};
 use pt_tensor::io::SafetensorsReader;
 use pt_train::run_dir::RunDir;
 use std::path::Path;
-use std::process::{Command, Stdio};
-use std::time::{Duration, Instant};
+use std::process::{Command, Output, Stdio};
+use std::time::Instant;
 
 /// Moments at which a run is killed.
 const KILLS: u64 = 20;
@@ -18,7 +18,7 @@ fn args<'a>(workshop: &Workshop, output: &'a str, more: &[&'a str]) -> Vec<&'a s
 }
 
 /// Fails unless everything that a reader of the run looks at is whole.
-fn check_readable(root: &Path) {
+pub(crate) fn check_readable(root: &Path) {
     let run = RunDir::open(root).unwrap();
     for step in run.checkpoint_steps().unwrap() {
         let checkpoint = run.checkpoint_path(step);
@@ -95,17 +95,7 @@ fn a_run_killed_at_any_moment_stays_readable_and_ends_as_if_it_had_not_been() {
 fn an_interrupt_saves_exits_130_and_can_be_resumed() {
     let workshop = Workshop::new();
     let long = ["--set", "max_steps=100000", "--set", "save_every=0"];
-    let child =
-        workshop.command(&workshop.sft("run", &long)).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
-    // Once a step is recorded the training loop is running.
-    let metrics = workshop.path("run/metrics.jsonl");
-    let patience = Instant::now();
-    while std::fs::metadata(&metrics).map_or(0, |file| file.len()) == 0 {
-        assert!(patience.elapsed() < Duration::from_secs(60), "no step in a minute");
-        std::thread::sleep(Duration::from_millis(10));
-    }
-    assert!(Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap().success());
-    let output = child.wait_with_output().unwrap();
+    let output = interrupted(&workshop, &workshop.sft("run", &long), "run");
     assert_eq!(output.status.code(), Some(130), "{}", stderr(&output));
     assert!(stderr(&output).contains("--resume"), "{}", stderr(&output));
     check_readable(&workshop.path("run"));
@@ -116,4 +106,115 @@ fn an_interrupt_saves_exits_130_and_can_be_resumed() {
     assert!(resumed.status.success(), "{}", stderr(&resumed));
     check_readable(&workshop.path("run"));
     assert_eq!(RunDir::open(&workshop.path("run")).unwrap().latest().unwrap().unwrap().0, step + 2);
+}
+
+/// Starts `pt`, interrupts it once `run` has done a step, and waits for its end.
+fn interrupted(workshop: &Workshop, args: &[&str], run: &str) -> Output {
+    let mut child = workshop.command(args).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
+    wait_for_a_step(&workshop.path(run), &mut child);
+    assert!(Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap().success());
+    child.wait_with_output().unwrap()
+}
+
+#[test]
+fn an_interrupted_demo_exits_130_and_goes_on_with_resume() {
+    let workshop = Workshop::new().with_template();
+    let qas =
+        |n: usize| serde_json::json!([{"question": format!("t{n} ?"), "answers": [{"text": format!("t{}", n + 1)}]}]);
+    let article = |n: usize| serde_json::json!({"paragraphs": [{"context": "t9 t10", "qas": qas(n)}]});
+    let squad = serde_json::json!({"data": (20..40).map(article).collect::<Vec<_>>()});
+    workshop.write("squad.json", &squad.to_string());
+    let mut args = vec!["demo", "sft", "--model", "model", "--data", ".", "--output", "run", "--device", "cpu"];
+    args.extend(["--set", "data.max_length=64", "--set", "lora.rank=2", "--set", "batch.batch_size=4"]);
+    let endless: Vec<&str> = args.iter().copied().chain(["--set", "max_steps=100000"]).collect();
+    let output = interrupted(&workshop, &endless, "run");
+    assert_eq!(output.status.code(), Some(130), "{}", stderr(&output));
+    assert!(stderr(&output).contains("max_steps=100000 --resume"), "{}", stderr(&output));
+    let (step, _) = RunDir::open(&workshop.path("run")).unwrap().latest().unwrap().unwrap();
+
+    let last = format!("max_steps={}", step + 2);
+    args.extend(["--resume", "--set", &last]);
+    let text = workshop.stdout(&args);
+    assert!(text.contains("exact answers") && text.contains("Talk with it"), "{text}");
+    assert_eq!(RunDir::open(&workshop.path("run")).unwrap().latest().unwrap().unwrap().0, step + 2);
+}
+
+/// What makes the second part of the test below fail to write.
+enum Full {
+    /// A file system with no room, where mounting one is allowed.
+    Disk,
+    /// A limit on the size of a file.
+    Limit,
+}
+
+#[test]
+fn a_full_disk_leaves_the_last_checkpoint_and_nothing_half_written() {
+    for full in [Full::Disk, Full::Limit] {
+        let workshop = Workshop::new();
+        std::fs::create_dir(workshop.path("disk")).unwrap();
+        let disk = workshop.path("disk");
+        let mount = if matches!(full, Full::Disk) { Mount::new(&disk) } else { None };
+        if matches!(full, Full::Disk) && mount.is_none() {
+            println!("no file system can be mounted here: only the limit on files is tested");
+            continue;
+        }
+        let sft = |more: &[&'static str]| workshop.sft("disk/run", more);
+        workshop.stdout(&sft(&["--set", "max_steps=3"]));
+        let steps = || RunDir::open(&workshop.path("disk/run")).unwrap().checkpoint_steps().unwrap();
+        let before = steps();
+
+        let more = sft(&["--resume", "--set", "max_steps=6"]);
+        let output = match full {
+            Full::Disk => {
+                fill(&workshop.path("disk/filler"));
+                workshop.run(&more)
+            }
+            Full::Limit => {
+                // With the signal ignored, a write past the limit fails as one on a full disk does.
+                let script = "trap '' XFSZ; ulimit -f 1; exec \"$@\"";
+                let mut command = Command::new("sh");
+                command.args(["-c", script, "sh", env!("CARGO_BIN_EXE_pt")]).args(&more);
+                command.current_dir(workshop.path(".")).env("OMP_NUM_THREADS", "1").output().unwrap()
+            }
+        };
+        let text = stderr(&output);
+        assert_eq!(output.status.code(), Some(1), "{text}");
+        assert!(text.contains("cannot write") && text.contains("hint: "), "{text}");
+        let is_disk = matches!(full, Full::Disk);
+        assert_eq!(text.contains("the disk is full"), is_disk, "{text}");
+        if is_disk {
+            std::fs::remove_file(workshop.path("disk/filler")).unwrap();
+        }
+        check_readable(&workshop.path("disk/run"));
+        assert_eq!(steps(), before);
+
+        workshop.stdout(&more);
+        assert_eq!(steps().last(), Some(&6));
+        let is_left_over = |path: &std::path::PathBuf| path.to_string_lossy().contains(".tmp-");
+        assert!(!workshop.files("disk/run").iter().any(is_left_over));
+    }
+}
+
+/// Writes until there is no room.
+fn fill(path: &Path) {
+    use std::io::Write;
+    let mut file = std::fs::File::create(path).unwrap();
+    while file.write_all(&[7; 512]).is_ok() {}
+}
+
+/// A small file system in memory, gone when dropped.
+struct Mount<'a>(&'a Path);
+
+impl<'a> Mount<'a> {
+    fn new(path: &'a Path) -> Option<Self> {
+        let mut command = Command::new("mount");
+        command.args(["-t", "tmpfs", "-o", "size=1m", "tmpfs"]).arg(path).stderr(Stdio::null());
+        command.status().is_ok_and(|status| status.success()).then_some(Self(path))
+    }
+}
+
+impl Drop for Mount<'_> {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg(self.0).status();
+    }
 }

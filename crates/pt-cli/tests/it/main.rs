@@ -1,7 +1,9 @@
-//! The `pt` binary as a user meets it: named errors, runs that survive being killed.
+//! The `pt` binary as a user meets it: what each command does, named errors, runs that survive being killed.
 #![allow(clippy::unwrap_used)]
 
 mod bad_input;
+mod commands;
 mod common;
 #[cfg(unix)]
 mod interruptions;
+mod runs;

@@ -1,0 +1,74 @@
+//! A model's answers to held-out prompts, for reports.
+
+use crate::commands::generate::{prompt_ids, split_last_answer};
+use crate::talk;
+use anyhow::Result;
+use pt_model::{CausalLm, GenerateConfig, Message, Sites, check_prompt, generate};
+use pt_train::data::{Encode, Row, RowContent, Text};
+use pt_train::encoder::ModelEncoder;
+use std::rc::Rc;
+
+/// A held-out prompt and the answer that its row gives.
+pub(crate) struct Question {
+    pub(crate) token_ids: Vec<i64>,
+    pub(crate) prompt: String,
+    pub(crate) expected: String,
+}
+
+/// About `count` questions, evenly spaced over the rows that ask one and leave room for an answer.
+pub(crate) fn questions(
+    rows: &[&Row],
+    count: usize,
+    encoder: &ModelEncoder<'_>,
+    model: &CausalLm,
+) -> Result<Vec<Question>> {
+    let mut questions = Vec::new();
+    for number in 0..count.min(rows.len()) {
+        let row = rows[number * rows.len() / count.min(rows.len())];
+        let Some((prompt, expected)) = texts(&row.content) else { continue };
+        let token_ids = prompt_ids(row, encoder)?;
+        if check_prompt(model, &token_ids).is_ok() {
+            questions.push(Question { token_ids, prompt, expected });
+        }
+    }
+    Ok(questions)
+}
+
+/// What a row asks and the answer it gives, as a reader wants to see them.
+fn texts(content: &RowContent) -> Option<(String, String)> {
+    let last = |messages: &[Message]| messages.last().map(|message| message.content.as_str().to_string());
+    let shown = |text: &Text| match text {
+        Text::Plain(text) => Some(text.clone()),
+        Text::Chat(messages) => last(messages),
+    };
+    match content {
+        RowContent::Chat { messages, .. } => {
+            let (before, answer) = split_last_answer(messages);
+            Some((last(before)?, answer?.content.as_str().to_string()))
+        }
+        RowContent::Completion { prompt, completion, .. } => Some((shown(prompt)?, shown(completion)?)),
+        _ => None,
+    }
+}
+
+/// Greedy answers, in order.
+pub(crate) fn answers(
+    model: &CausalLm,
+    sites: &Rc<dyn Sites>,
+    encoder: &ModelEncoder<'_>,
+    prompts: &[Vec<i64>],
+    max_new_tokens: usize,
+    what: &str,
+) -> Result<Vec<String>> {
+    let config = GenerateConfig { max_new_tokens, stop_ids: encoder.stop_ids().to_vec(), ..Default::default() };
+    let bar = talk::bar(prompts.len() as u64, what);
+    let mut answers = Vec::new();
+    for batch in prompts.chunks(16) {
+        for row in generate(model, Some(encoder.tokenizer), batch, &config, sites, |_, _| true)? {
+            answers.push(row.text.unwrap_or_default().trim().to_string());
+        }
+        bar.inc(batch.len() as u64);
+    }
+    bar.finish_and_clear();
+    Ok(answers)
+}

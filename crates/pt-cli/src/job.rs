@@ -1,0 +1,440 @@
+//! One run of fine-tuning, from checked rows to the report; `pt sft` and `pt demo` run the same.
+
+use crate::answers::{Question, answers, questions};
+use crate::open::no_tokenizer;
+use crate::run_command::RunCommand;
+use crate::talk;
+use anyhow::{Context, Result, bail};
+use pt_model::{Bare, CausalLm, Pretrained, Sites};
+use pt_peft::{Adapter, LoraAdapter};
+use pt_tensor::{Device, Kind};
+use pt_train::config::{flatten, to_yaml};
+use pt_train::data::{Preflight, PreflightSummary, PromptGroup, Row, overlap, preflight};
+use pt_train::encoder::ModelEncoder;
+use pt_train::metrics::{names, read_series};
+use pt_train::report::{Better, Headline, Report, Sample};
+use pt_train::run_dir::{Best, RunDir, write_atomic};
+use pt_train::sft::{Ending, Evaluation, Observer, Outcome, SftConfig, StepRecord, Trained, evaluate, train};
+use serde::{Deserialize, Serialize};
+use std::path::{Path, PathBuf};
+use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
+
+/// Tokens of a sample answer: enough to judge it, few enough for a CPU.
+const SAMPLE_TOKENS: usize = 64;
+
+/// What a run is to do.
+pub(crate) struct Job {
+    pub(crate) model_path: PathBuf,
+    pub(crate) adapter: Option<PathBuf>,
+    pub(crate) device: Device,
+    pub(crate) kind: Kind,
+    pub(crate) rows: Vec<Row>,
+    pub(crate) eval_rows: Vec<Row>,
+    pub(crate) config: SftConfig,
+    pub(crate) output: PathBuf,
+    pub(crate) resume: bool,
+    /// Held-out prompts that are answered before and after.
+    pub(crate) num_samples: usize,
+    /// Kept in the run's folder, for a caller whose command can be restored from it.
+    pub(crate) command: Option<RunCommand>,
+    /// What to type to go on after an interrupt.
+    pub(crate) again: String,
+}
+
+/// Data that passed the pre-flight.
+pub(crate) struct Checked {
+    pub(crate) train: Preflight,
+    pub(crate) eval: Option<Preflight>,
+}
+
+/// What was measured before training, kept in the run's `samples.json`: a resumed run has it, too.
+#[derive(Debug, Default, Serialize, Deserialize)]
+struct Measured {
+    /// Held-out loss before training, nats a token.
+    loss: Option<f64>,
+    samples: Vec<Answered>,
+}
+
+/// A held-out prompt with its answers.
+#[derive(Debug, Serialize, Deserialize)]
+struct Answered {
+    prompt: String,
+    expected: String,
+    before: String,
+    after: Option<String>,
+}
+
+/// What stands after training.
+pub(crate) struct Finished {
+    pub(crate) outcome: Outcome,
+    /// Held-out loss before training, and that of the checkpoint which is handed on.
+    pub(crate) loss: (Option<f64>, Option<f64>),
+    /// The adapter (or model) to use: of the best checkpoint where one is named, else of the last.
+    pub(crate) chosen: PathBuf,
+    /// Those of the last checkpoint, where it is not the best.
+    pub(crate) last: Option<PathBuf>,
+    /// With the weights of `chosen`; all weights trained, with those of the last step.
+    pub(crate) sites: Rc<dyn Sites>,
+    pub(crate) run: RunDir,
+    best: Option<Best>,
+    summaries: Vec<(String, PreflightSummary)>,
+    seconds: f64,
+}
+
+impl Job {
+    /// Tokenizes and checks all rows, and shows what will be trained.
+    pub(crate) fn check(&self, pretrained: &Pretrained) -> Result<Checked> {
+        let encoder = ModelEncoder::new(pretrained).ok_or_else(|| no_tokenizer(pretrained))?;
+        let context = pretrained.config.max_position_embeddings as usize;
+        if self.config.data.max_length > context {
+            bail!(talk::Usage(format!(
+                "data.max_length is {}, the model's context is {context}",
+                self.config.data.max_length
+            )));
+        }
+        let train = preflight(&self.rows, &encoder, &self.config.data)?;
+        eprintln!("{}", train.summary.to_text());
+        for example in train.examples(&self.rows, &encoder, talk::is_terminal()) {
+            eprintln!("{example}\n");
+        }
+        let eval = (!self.eval_rows.is_empty())
+            .then(|| preflight(&self.eval_rows, &encoder, &self.config.data))
+            .transpose()?;
+        if let Some(eval) = &eval {
+            let shared = overlap(&train.groups, &eval.groups);
+            if shared > 0 {
+                eprintln!("warning: {shared} held-out rows stand in the training data too");
+            }
+        }
+        Ok(Checked { train, eval })
+    }
+
+    /// Trains and saves the adapter (or the model) under `output`.
+    pub(crate) fn train(&self, pretrained: &Pretrained, model: &mut CausalLm, checked: Checked) -> Result<Finished> {
+        let started = Instant::now();
+        let (sites, parameters, adapter): (Rc<dyn Sites>, _, Option<Rc<LoraAdapter>>) = match &self.config.lora {
+            Some(lora) => {
+                let mut lora = lora.clone();
+                lora.base_model_name_or_path.get_or_insert_with(|| self.model_path.display().to_string());
+                let adapter = Rc::new(match &self.adapter {
+                    Some(folder) => LoraAdapter::load(folder, &*model)?,
+                    None => LoraAdapter::new(lora, &*model, self.config.seed)?,
+                });
+                (adapter.clone(), adapter.parameters(), Some(adapter))
+            }
+            None => (Rc::new(Bare), model.train_all()?, None),
+        };
+        // After the settings have proved to fit the model, so that a refused run leaves no folder behind.
+        let run = match self.resume {
+            true => RunDir::open(&self.output)?,
+            false => RunDir::create(&self.output, &to_yaml(&self.config)?)?,
+        };
+        let keep = || -> Result<()> {
+            run.save_config(&to_yaml(&self.config)?)?;
+            self.command.as_ref().map_or(Ok(()), |command| command.save(run.root()))
+        };
+        let mut progress = Progress::default();
+        match self.resume {
+            true => progress.keep = Some(Box::new(keep)),
+            false => keep()?,
+        }
+        let num_trained: usize = parameters.iter().map(|(_, p)| p.numel()).sum();
+        eprintln!(
+            "training {num_trained} parameters in {} tensors, {:?} on {:?}",
+            parameters.len(),
+            self.kind,
+            self.device
+        );
+        let model = &*model;
+        let encoder = ModelEncoder::new(pretrained).ok_or_else(|| no_tokenizer(pretrained))?;
+        let (eval_groups, eval_rows) = match &checked.eval {
+            Some(eval) => {
+                (eval.groups.as_slice(), eval.row_of_group.iter().map(|&row| &self.eval_rows[row]).collect::<Vec<_>>())
+            }
+            None => (&[][..], vec![]),
+        };
+        let questions = questions(&eval_rows, self.num_samples, &encoder, model)?;
+        let mut measured = self.before(&run, model, &sites, &encoder, eval_groups, &questions)?;
+        if let Some(adapter) = &adapter {
+            adapter.set_training(true);
+        }
+        let save = |folder: &Path| -> pt_train::Result<()> {
+            match &adapter {
+                Some(adapter) => Ok(adapter.save(&folder.join("adapter"))?),
+                None => save_model(&folder.join("model"), pretrained, model, 5_000_000_000),
+            }
+        };
+        let trained = Trained { model, sites: sites.clone(), parameters, save: Box::new(save) };
+        let stop = Arc::new(AtomicBool::new(false));
+        watch_interrupts(stop.clone());
+        let outcome = train(&trained, checked.train.groups, eval_groups, &self.config, &run, &stop, &mut progress)?;
+        progress.finish();
+        progress.kept.take().transpose()?;
+        drop(progress);
+        if let Some(adapter) = &adapter {
+            adapter.set_training(false);
+        }
+
+        let (last_step, last) = run.latest()?.context("the run saved no checkpoint")?;
+        let part = if adapter.is_some() { "adapter" } else { "model" };
+        let best = run.best()?;
+        // Early stopping, say, leaves a best checkpoint behind the last one: that is the one to use and to report on.
+        let earlier = best.as_ref().filter(|best| best.step != last_step).map(|best| run.checkpoint_path(best.step));
+        let chosen = earlier.as_ref().unwrap_or(&last).join(part);
+        let sites: Rc<dyn Sites> = match (&earlier, &adapter) {
+            (Some(_), Some(_)) => Rc::new(LoraAdapter::load(&chosen, model)?),
+            _ => sites,
+        };
+        let series = read_series(&run.metrics_path())?;
+        let last_loss = series.get(names::EVAL_LOSS).and_then(|points| points.last()).map(|(_, loss)| *loss);
+        let after = best.as_ref().map(|best| best.value).or(last_loss);
+        if outcome.ending != Ending::Interrupted && !measured.samples.is_empty() {
+            let prompts: Vec<Vec<i64>> = questions.iter().map(|question| question.token_ids.clone()).collect();
+            let texts = answers(model, &sites, &encoder, &prompts, SAMPLE_TOKENS, "answers after training")?;
+            measured.samples.iter_mut().zip(texts).for_each(|(sample, text)| sample.after = Some(text));
+            measured.save(&run)?;
+        }
+        let mut summaries = vec![("training".to_string(), checked.train.summary)];
+        summaries.extend(checked.eval.map(|eval| ("held out".to_string(), eval.summary)));
+        let finished = Finished {
+            outcome,
+            loss: (measured.loss, after),
+            chosen,
+            last: earlier.map(|_| last.join(part)),
+            sites,
+            run,
+            best,
+            summaries,
+            seconds: started.elapsed().as_secs_f64(),
+        };
+        finished.report(self, vec![], measured.samples.into_iter().filter_map(Answered::into_sample).collect())?;
+        if outcome.ending == Ending::Interrupted {
+            eprintln!("stopped at step {}; continue with: {}", outcome.steps, self.again);
+            return Ok(finished);
+        }
+        match (&finished.last, &finished.best) {
+            (Some(last), Some(best)) => eprintln!(
+                "saved {} (step {}, the best held-out loss {:.4})\nlast  {}",
+                finished.chosen.display(),
+                best.step,
+                best.value,
+                last.display()
+            ),
+            _ => eprintln!("saved {}", finished.chosen.display()),
+        }
+        eprintln!("report {}", finished.run.report_path().display());
+        Ok(finished)
+    }
+
+    /// Held-out loss and answers of the weights that training starts from; as the run kept them, where it did.
+    fn before(
+        &self,
+        run: &RunDir,
+        model: &CausalLm,
+        sites: &Rc<dyn Sites>,
+        encoder: &ModelEncoder<'_>,
+        eval_groups: &[PromptGroup],
+        questions: &[Question],
+    ) -> Result<Measured> {
+        if eval_groups.is_empty() {
+            return Ok(Measured::default());
+        }
+        let prompts = || questions.iter().map(|question| question.prompt.as_str());
+        if let Some(kept) = Measured::load(run)?
+            && kept.samples.iter().map(|sample| sample.prompt.as_str()).eq(prompts())
+        {
+            return Ok(kept);
+        }
+        let held_out = evaluate(model, sites, eval_groups, self.config.batch.max_tokens.unwrap_or(4096))?;
+        eprintln!(
+            "held out before training: loss {:.4}, token accuracy {:.1} %",
+            held_out.loss,
+            held_out.accuracy * 100.0
+        );
+        let token_ids: Vec<Vec<i64>> = questions.iter().map(|question| question.token_ids.clone()).collect();
+        let texts = answers(model, sites, encoder, &token_ids, SAMPLE_TOKENS, "answers before training")?;
+        let samples = questions.iter().zip(texts).map(|(question, before)| Answered {
+            prompt: question.prompt.clone(),
+            expected: question.expected.clone(),
+            before,
+            after: None,
+        });
+        let measured = Measured { loss: Some(held_out.loss), samples: samples.collect() };
+        measured.save(run)?;
+        Ok(measured)
+    }
+}
+
+impl Measured {
+    fn path(run: &RunDir) -> PathBuf {
+        run.root().join("samples.json")
+    }
+
+    fn load(run: &RunDir) -> Result<Option<Self>> {
+        let path = Self::path(run);
+        if !path.exists() {
+            return Ok(None);
+        }
+        let text = std::fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?;
+        Ok(Some(serde_json::from_slice(&text).with_context(|| format!("{} is damaged: delete it", path.display()))?))
+    }
+
+    fn save(&self, run: &RunDir) -> Result<()> {
+        Ok(write_atomic(&Self::path(run), &serde_json::to_vec_pretty(self)?)?)
+    }
+}
+
+impl Answered {
+    /// For the report; nothing while there is no answer after training.
+    fn into_sample(self) -> Option<Sample> {
+        let Self { prompt, expected, before, after } = self;
+        Some(Sample { prompt, expected: Some(expected), before: Some(before), after: after? })
+    }
+}
+
+impl Finished {
+    /// Writes report.html, with more numbers and samples where a caller has them.
+    pub(crate) fn report(&self, job: &Job, mut headlines: Vec<Headline>, samples: Vec<Sample>) -> Result<()> {
+        if let (before, Some(after)) = self.loss {
+            headlines.push(Headline {
+                label: "held-out loss".into(),
+                before,
+                after,
+                unit: "nats/token".into(),
+                better: Better::Lower,
+            });
+        }
+        let adapter = self.chosen.display();
+        let model = job.model_path.display();
+        let mut commands = vec![format!("tensorboard --logdir {}", self.run.tensorboard_path().display())];
+        if job.config.lora.is_some() {
+            commands.insert(0, format!("pt chat --model {model} --adapter {adapter}"));
+            commands.insert(1, format!("pt merge --model {model} --adapter {adapter} --output merged"));
+        } else {
+            commands.insert(0, format!("pt chat --model {adapter}"));
+        }
+        let report = Report {
+            title: "Supervised fine-tuning".into(),
+            subtitle: format!("{model}, {:?} on {:?}", job.kind, job.device),
+            headlines,
+            series: read_series(&self.run.metrics_path())?,
+            data: self.summaries.clone(),
+            samples,
+            facts: vec![
+                ("result".into(), self.chosen.display().to_string()),
+                ("last checkpoint".into(), self.last.as_ref().unwrap_or(&self.chosen).display().to_string()),
+                ("steps".into(), self.outcome.steps.to_string()),
+                ("seconds".into(), format!("{:.0}", self.seconds)),
+                ("peak memory".into(), format!("{:.2} GB", pt_tensor::peak_memory_bytes().unwrap_or(0) as f64 / 1e9)),
+                ("pt".into(), env!("CARGO_PKG_VERSION").into()),
+            ],
+            config: flatten(&job.config),
+            commands,
+        };
+        Ok(report.write(&self.run.report_path())?)
+    }
+}
+
+/// A model folder as Hugging Face has it.
+pub(crate) fn save_model(
+    folder: &Path,
+    pretrained: &Pretrained,
+    model: &CausalLm,
+    max_shard_bytes: usize,
+) -> pt_train::Result<()> {
+    std::fs::create_dir_all(folder).map_err(|source| pt_tensor::TensorError::Write { path: folder.into(), source })?;
+    let parameters = model.named_parameters()?;
+    pt_tensor::io::save_sharded(folder, &parameters, max_shard_bytes)?;
+    let mut config = pretrained.config.raw.clone();
+    config.insert("tie_word_embeddings".into(), (!parameters.iter().any(|(name, _)| name == "lm_head.weight")).into());
+    let kind = match model.kind() {
+        Kind::BFloat16 => "bfloat16",
+        Kind::Half => "float16",
+        _ => "float32",
+    };
+    config.insert("dtype".into(), kind.into());
+    config.remove("torch_dtype");
+    pt_tensor::io::write_atomically(&folder.join("config.json"), |out| {
+        Ok(serde_json::to_writer_pretty(out, &config)?)
+    })?;
+    if let Some(tokenizer) = &pretrained.tokenizer {
+        tokenizer.save(folder)?;
+    }
+    Ok(())
+}
+
+/// The first Ctrl-C asks for a stop after the step; a second one ends at once.
+fn watch_interrupts(stop: Arc<AtomicBool>) {
+    let handler = move || {
+        if stop.swap(true, Ordering::Relaxed) {
+            std::process::exit(130);
+        }
+        eprintln!("\nstopping after this step and saving; Ctrl-C again ends at once");
+    };
+    // A second run in one process keeps the first handler, which is fine for a command-line tool.
+    let _ = ctrlc::set_handler(handler);
+}
+
+/// Keeps a resumed run's settings once a step was done with them: those that its checkpoint refuses are not kept.
+type Keep<'a> = Box<dyn FnOnce() -> Result<()> + 'a>;
+
+/// A bar with loss and speed on a terminal, a line every so often elsewhere.
+#[derive(Default)]
+struct Progress<'a> {
+    keep: Option<Keep<'a>>,
+    kept: Option<Result<()>>,
+    bar: Option<indicatif::ProgressBar>,
+    last_line: Option<Instant>,
+    speed: f64,
+}
+
+impl Progress<'_> {
+    fn finish(&mut self) {
+        if let Some(bar) = &self.bar {
+            bar.finish_and_clear();
+        }
+    }
+
+    fn say(&self, line: &str) {
+        match &self.bar {
+            Some(bar) if talk::is_terminal() => bar.println(line),
+            _ => eprintln!("{line}"),
+        }
+    }
+}
+
+impl Observer for Progress<'_> {
+    fn on_step(&mut self, record: &StepRecord) {
+        if let Some(keep) = self.keep.take() {
+            self.kept = Some(keep());
+        }
+        self.speed = if self.speed == 0.0 {
+            record.tokens_per_second
+        } else {
+            0.9 * self.speed + 0.1 * record.tokens_per_second
+        };
+        let bar = self.bar.get_or_insert_with(|| talk::bar(record.total_steps, "steps"));
+        bar.set_position(record.step);
+        bar.set_message(format!("loss {:.3}  {:.0} tokens/s", record.loss, self.speed));
+        let is_due = self.last_line.is_none_or(|at| at.elapsed().as_secs() >= 10) || record.step == record.total_steps;
+        if !talk::is_terminal() && is_due {
+            self.last_line = Some(Instant::now());
+            self.say(&format!(
+                "step {}/{}  loss {:.4}  grad norm {:.3}  lr {:.2e}  {:.0} tokens/s",
+                record.step, record.total_steps, record.loss, record.grad_norm, record.learning_rate, self.speed
+            ));
+        }
+    }
+
+    fn on_evaluation(&mut self, step: u64, evaluation: &Evaluation, is_best: bool) {
+        let mark = if is_best { " (best so far)" } else { "" };
+        self.say(&format!(
+            "step {step}: held-out loss {:.4}, token accuracy {:.1} %{mark}",
+            evaluation.loss,
+            evaluation.accuracy * 100.0
+        ));
+    }
+}

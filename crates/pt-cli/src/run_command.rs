@@ -1,0 +1,76 @@
+//! What a run was started with beside its configuration: `command.yaml` in its folder, so that
+//! `pt sft --resume --output RUN` is the whole command.
+
+use crate::talk::Usage;
+use anyhow::Result;
+use pt_tensor::Kind;
+use pt_train::config::{load_config, to_yaml};
+use pt_train::run_dir::write_atomic;
+use serde::{Deserialize, Serialize};
+use std::path::{Path, PathBuf};
+
+/// The flags of `pt sft` that are no fields of the configuration. Paths are absolute, so that a run can be resumed from
+/// any folder; a name of the catalog stays a name.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub(crate) struct RunCommand {
+    pub(crate) model: String,
+    pub(crate) adapter: Option<String>,
+    pub(crate) data: Vec<String>,
+    pub(crate) eval_data: Vec<String>,
+    pub(crate) device: String,
+    /// As it was resolved, never `auto`: a run keeps its number format on another machine.
+    pub(crate) dtype: String,
+    pub(crate) samples: Option<usize>,
+}
+
+impl RunCommand {
+    fn path(run: &Path) -> PathBuf {
+        run.join("command.yaml")
+    }
+
+    /// What a run kept; `None` when it kept nothing.
+    pub(crate) fn load(run: &Path) -> Result<Option<Self>> {
+        let path = Self::path(run);
+        Ok(if path.exists() { Some(load_config(Some(&path), &[])?) } else { None })
+    }
+
+    pub(crate) fn save(&self, run: &Path) -> Result<()> {
+        Ok(write_atomic(&Self::path(run), to_yaml(self)?.as_bytes())?)
+    }
+}
+
+/// A path as a run keeps it; what is no path that stands (a name of the catalog) as it is.
+pub(crate) fn absolute(path: &str) -> String {
+    std::fs::canonicalize(path).map_or_else(|_| path.to_string(), |path| path.display().to_string())
+}
+
+/// The name of a number format, as `--dtype` takes it.
+pub(crate) fn dtype_name(kind: Kind) -> &'static str {
+    match kind {
+        Kind::BFloat16 => "bf16",
+        Kind::Half => "f16",
+        _ => "f32",
+    }
+}
+
+/// The value of a flag that cannot change in the course of a run: as given, or as the run in folder `run` kept it.
+///
+/// # Errors
+/// [`Usage`] when both are there and differ.
+pub(crate) fn agreed<T: PartialEq + std::fmt::Debug>(
+    flag: &str,
+    given: Option<T>,
+    kept: Option<T>,
+    run: &Path,
+) -> Result<Option<T>> {
+    match (given, kept) {
+        (Some(given), Some(kept)) if given != kept => Err(Usage(format!(
+            "{flag} is {given:?}, the run was started with {kept:?}: leave the flag out, or, where files were moved, \
+             change {}",
+            RunCommand::path(run).display()
+        ))
+        .into()),
+        (given, kept) => Ok(given.or(kept)),
+    }
+}
