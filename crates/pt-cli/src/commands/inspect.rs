@@ -94,7 +94,9 @@ fn run_folder(args: &Args) -> Result<ExitCode> {
         say(format_args!("  model {}, data {}", command.model, command.data.join(", ")))?;
     }
     for (name, (step, value)) in &last {
-        say(format_args!("  {name}: {value:.6} at step {step}"))?;
+        // Six digits, whether it is a learning rate or a number of bytes.
+        let shown = if (1e-3..1e6).contains(&value.abs()) { format!("{value:.6}") } else { format!("{value:.5e}") };
+        say(format_args!("  {name}: {shown} at step {step}"))?;
     }
     let is_best = |name: &String| best.as_ref().is_some_and(|best| *name == format!("step-{:08}", best.step));
     for name in &names {
