@@ -65,7 +65,7 @@ pub trait Sites: std::fmt::Debug {
 
     /// What the output layer scores labels with: states `[num_labels, n]` and a weight `[vocab_size, n]` whose product
     /// is what [`linear`](Self::linear) gives for `hidden_states: [num_labels, hidden_size]`. Log-probs at labels pass
-    /// over the weight in tiles and never ask for that product whole.
+    /// over the weight in tiles and never ask for that product whole. An output layer has no bias.
     ///
     /// n is `hidden_size`, or more: a low-rank update x·Wᵀ + (x·Aᵀ)·Bᵀ is \[x, x·Aᵀ\] · \[W, B\]ᵀ, which rounds
     /// nothing that the two products do not.

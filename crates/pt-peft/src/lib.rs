@@ -1,7 +1,8 @@
 //! Parameter-efficient fine-tuning: methods behind one trait ([`Adapter`]), with adapter files in PEFT's format.
 //!
 //! A method is a [`pt_model::Sites`] value: the model asks it at every linear layer, branch and parameter that it may
-//! change. Nothing is wrapped or copied, so the reference model is the same model with [`pt_model::Bare`].
+//! change. Nothing is wrapped or copied, so the reference model is the same model with [`pt_model::Bare`]. On a tch model
+//! of your own, [`LoraAdapter::new`] takes its linear layers.
 //!
 //! ```
 //! use pt_peft::{LoraConfig, Modules};

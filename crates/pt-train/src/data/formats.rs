@@ -482,6 +482,16 @@ mod tests {
     }
 
     #[test]
+    fn a_turn_of_tool_calls_may_say_nothing_or_have_no_content() {
+        let turn = |content: &str| format!(r#"{{"messages":[{{"role":"assistant",{content}"tool_calls":[]}}]}}"#);
+        for (content, want) in [(r#""content":null,"#, Content::Null), ("", Content::Absent)] {
+            let rows = read("rows.jsonl", &turn(content)).expect("a good row");
+            let RowContent::Chat { messages, .. } = &rows[0].content else { panic!("a chat") };
+            assert_eq!(messages[0].content, want);
+        }
+    }
+
+    #[test]
     fn a_prompt_alone_is_read_where_that_is_asked_for() {
         let folder = tempfile::tempdir().expect("temporary folder");
         let path = folder.path().join("prompts.jsonl");
