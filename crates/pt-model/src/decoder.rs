@@ -10,7 +10,8 @@ use crate::rope::Rope;
 use crate::sites::{Branch, Linear, Sites};
 use crate::{ModelError, Result};
 use pt_tensor::{
-    AttentionPlan, DenseWeight, Device, Kind, LabelLogprobs, LabelOutput, Tensor, TensorError, Weight, packed_attention,
+    AttentionPlan, DenseWeight, Device, Kind, LabelLogprobs, LabelOutput, Tensor, TensorError, Weight, linear,
+    packed_attention,
 };
 use std::cell::RefCell;
 use std::rc::Rc;
@@ -433,7 +434,7 @@ impl CausalLm {
     /// When the shapes do not fit.
     pub fn logits(&self, hidden_states: &Tensor, sites: &dyn Sites) -> Result<Tensor> {
         match sites.parameter("lm_head.weight") {
-            Some(weight) => Ok(hidden_states.f_linear(&weight.to_kind(self.kind), None::<Tensor>)?),
+            Some(weight) => Ok(linear(hidden_states, &weight.to_kind(self.kind), None)?),
             None => sites.linear(&self.lm_head, hidden_states),
         }
     }
