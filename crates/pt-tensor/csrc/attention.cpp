@@ -8,15 +8,13 @@
 //
 // Layouts: query, out [token][head][dim]; key, value [token][kv_head][dim]; row_lse [token][head].
 
-#include "scalar.h"
+#include "simd.h"
 
 #include <ATen/Parallel.h>
 
 #include <algorithm>
 #include <atomic>
-#include <cstdlib>
 #include <limits>
-#include <memory>
 #include <vector>
 
 struct PtSpan {
@@ -28,36 +26,9 @@ struct PtSpan {
 
 namespace {
 
-constexpr int64_t LANES = 16;  // floats in a vector
-constexpr int64_t BLOCK = 6;   // rows whose sums stand in registers: 6 of 512 bits, or 12 of 256
-constexpr int64_t ROWS = 48;   // queries in a tile
-constexpr int64_t KEYS = 128;  // keys in a tile, a multiple of LANES
+constexpr int64_t ROWS = 48;             // queries in a tile
+constexpr int64_t KEYS = 128;            // keys in a tile, a multiple of LANES
 constexpr int64_t WIDTH = KEYS + LANES;  // floats in a row of scores, with room for a block that starts near the end
-
-typedef float Vec __attribute__((vector_size(64), aligned(4), may_alias));
-
-struct Release {
-  void operator()(float* p) const { std::free(p); }
-};
-using Floats = std::unique_ptr<float[], Release>;
-
-Floats floats(int64_t count) {
-  void* memory = std::aligned_alloc(64, size_t((count * 4 + 63) / 64 * 64 + 64));
-  if (!memory) throw std::bad_alloc();
-  return Floats(static_cast<float*>(memory));
-}
-
-// c[r][0..16] += sum over i of a[r * a_row + i * a_step] * b[i * b_row + 0..16], for BLOCK rows r.
-INLINE void multiply(float* c, int64_t c_row, const float* a, int64_t a_row, int64_t a_step, const float* b,
-                     int64_t b_row, int64_t count) {
-  Vec sum[BLOCK];
-  for (int64_t r = 0; r < BLOCK; ++r) sum[r] = *(const Vec*)(c + r * c_row);
-  for (int64_t i = 0; i < count; ++i) {
-    Vec x = *(const Vec*)(b + i * b_row);
-    for (int64_t r = 0; r < BLOCK; ++r) sum[r] += a[r * a_row + i * a_step] * x;
-  }
-  for (int64_t r = 0; r < BLOCK; ++r) *(Vec*)(c + r * c_row) = sum[r];
-}
 
 struct Shape {
   int64_t tokens, heads, kv_heads, dim;

@@ -4,7 +4,7 @@
 //
 // Rows are shared out by libtorch's own thread pool.
 
-#include "scalar.h"
+#include "simd.h"
 
 #include <ATen/Parallel.h>
 

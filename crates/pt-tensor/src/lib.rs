@@ -32,7 +32,7 @@ pub use attention::{AttentionPlan, Segment, packed_attention};
 pub use checkpoint::checkpoint;
 pub use device::{ComputeKind, parse_device, parse_kind, peak_memory_bytes};
 pub use error::{Result, TensorError};
-pub use fused::{apply_rotary, rms_norm, swiglu};
+pub use fused::{apply_rotary, linear, rms_norm, swiglu};
 pub use label_logprobs::{LabelLogprobs, LabelOutput, label_logprobs};
 pub use optim::{AdamW, AdamWConfig, clip_grad_norm_, global_grad_norm};
 pub use tch::{Device, IndexOp, Kind, TchError, Tensor, no_grad, set_num_threads};

@@ -63,7 +63,7 @@ impl Weight for DenseWeight {
     }
 
     fn project(&self, hidden_states: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
-        Ok(hidden_states.f_linear(&self.0, bias)?)
+        crate::linear(hidden_states, &self.0, bias)
     }
 
     fn device(&self) -> Device {

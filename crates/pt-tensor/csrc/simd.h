@@ -1,9 +1,12 @@
-// Scalars that the kernels share: loads and stores of f32 and bf16, and e^x.
+// What the kernels share: loads and stores of f32 and bf16, e^x, and products of a block of rows.
 #pragma once
 
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
+#include <memory>
+#include <new>
 
 // GCC compiles each function so marked for AVX-512, AVX2 and the baseline and picks one at load time, so the library
 // runs on any x86-64. Templates cannot be cloned: they are inlined into marked functions.
@@ -59,6 +62,34 @@ INLINE float exp_fast(float x) {
   float scale;
   memcpy(&scale, &scale_bits, 4);
   return p * scale;
+}
+
+constexpr int64_t LANES = 16;  // floats in a vector
+constexpr int64_t BLOCK = 6;   // rows whose sums stand in registers: 6 of 512 bits, or 12 of 256
+
+typedef float Vec __attribute__((vector_size(64), aligned(4), may_alias));
+
+struct Release {
+  void operator()(float* p) const { std::free(p); }
+};
+using Floats = std::unique_ptr<float[], Release>;
+
+Floats floats(int64_t count) {
+  void* memory = std::aligned_alloc(64, size_t((count * 4 + 63) / 64 * 64 + 64));
+  if (!memory) throw std::bad_alloc();
+  return Floats(static_cast<float*>(memory));
+}
+
+// c[r][0..16] += sum over i of a[r * a_row + i * a_step] * b[i * b_row + 0..16], for BLOCK rows r.
+INLINE void multiply(float* c, int64_t c_row, const float* a, int64_t a_row, int64_t a_step, const float* b,
+                     int64_t b_row, int64_t count) {
+  Vec sum[BLOCK];
+  for (int64_t r = 0; r < BLOCK; ++r) sum[r] = *(const Vec*)(c + r * c_row);
+  for (int64_t i = 0; i < count; ++i) {
+    Vec x = *(const Vec*)(b + i * b_row);
+    for (int64_t r = 0; r < BLOCK; ++r) sum[r] += a[r * a_row + i * a_step] * x;
+  }
+  for (int64_t r = 0; r < BLOCK; ++r) *(Vec*)(c + r * c_row) = sum[r];
 }
 
 }  // namespace
