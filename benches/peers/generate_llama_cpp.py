@@ -78,7 +78,7 @@ def main() -> None:
                 "prompt": arguments.prompt,
                 "new_tokens": arguments.new_tokens,
                 "prefill": arguments.prefill,
-                "decode_tokens_per_s": {"1": decode_rate},
+                "decode_tokens_per_s_batch_1": decode_rate,
                 "prefill_tokens_per_s": prefill_rate,
                 "peak_rss_bytes": peak_rss_bytes(),
             }

@@ -99,7 +99,7 @@ def main() -> None:
                 "prompt": arguments.prompt,
                 "new_tokens": arguments.new_tokens,
                 "prefill": arguments.prefill,
-                "decode_tokens_per_s": decode,
+                **{f"decode_tokens_per_s_batch_{batch}": rate for batch, rate in decode.items()},
                 "prefill_tokens_per_s": prefill,
                 "peak_rss_bytes": peak_rss_bytes(),
             }

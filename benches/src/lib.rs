@@ -92,6 +92,79 @@ pub fn json_of(command: &mut Command) -> Result<Value> {
     Ok(serde_json::from_str(line)?)
 }
 
+/// What one suite measured, printed as it comes and kept in `benches/records/<processor>/<date>-<suite>.jsonl`.
+#[derive(Debug)]
+pub struct Record {
+    path: PathBuf,
+    lines: Vec<Value>,
+}
+
+impl Record {
+    /// A record that says first what was measured, on which machine.
+    ///
+    /// # Errors
+    /// When the date cannot be told.
+    pub fn new(suite: &str, mut setting: Value) -> Result<Self> {
+        let date = Command::new("date").args(["-u", "+%Y-%m-%d"]).output().context("cannot run `date`")?;
+        let date = String::from_utf8(date.stdout)?.trim().to_owned();
+        let cores = std::thread::available_parallelism()?.get();
+        let cpu = cpu_name();
+        let slug = |text: &str| text.to_lowercase().replace(|c: char| !c.is_ascii_alphanumeric(), "-");
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("records").join(format!("{}-{cores}", slug(&cpu)));
+        let path = folder.join(format!("{date}-{suite}.jsonl"));
+        setting["suite"] = suite.into();
+        setting["cpu"] = cpu.into();
+        setting["cores"] = cores.into();
+        setting["date"] = date.into();
+        let mut record = Self { path, lines: Vec::new() };
+        record.add(setting);
+        Ok(record)
+    }
+
+    /// Prints and keeps a line.
+    pub fn add(&mut self, line: Value) {
+        println!("{line}");
+        self.lines.push(line);
+    }
+
+    /// Writes the record.
+    ///
+    /// # Errors
+    /// When the folder cannot be written.
+    pub fn save(self) -> Result<()> {
+        std::fs::create_dir_all(self.path.parent().context("records have no folder")?)?;
+        let text: String = self.lines.iter().map(|line| format!("{line}\n")).collect();
+        std::fs::write(&self.path, text).with_context(|| format!("cannot write {}", self.path.display()))?;
+        println!("written to {}", self.path.display());
+        Ok(())
+    }
+}
+
+/// Ours as a multiple of the peer's, for every field that both have as a number.
+pub fn ratios(own: &Value, peer: &Value) -> Value {
+    let fields = own.as_object().into_iter().flatten();
+    let ratio = |(name, value): (&String, &Value)| {
+        let rounded = (value.as_f64()? / peer[name].as_f64()? * 100.0).round() / 100.0;
+        Some((name.clone(), rounded.into()))
+    };
+    Value::Object(fields.filter_map(ratio).collect())
+}
+
+/// Seconds since this process was started, loading its libraries included, where the system tells (Linux).
+pub fn process_age() -> Option<f64> {
+    let stat = std::fs::read_to_string("/proc/self/stat").ok()?;
+    // The name, in brackets, may hold spaces; the twentieth field after it is the start in hundredths of a second.
+    let started: f64 = stat.rsplit_once(')')?.1.split_whitespace().nth(19)?.parse().ok()?;
+    let uptime = std::fs::read_to_string("/proc/uptime").ok()?;
+    Some(uptime.split_whitespace().next()?.parse::<f64>().ok()? - started / 100.0)
+}
+
+/// The middle one of several measurements.
+pub fn median(mut values: Vec<f64>) -> f64 {
+    values.sort_by(f64::total_cmp);
+    values.get(values.len() / 2).copied().unwrap_or(f64::NAN)
+}
+
 /// Name of the processor, for records.
 pub fn cpu_name() -> String {
     let info = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();

@@ -4,7 +4,7 @@
 
 use anyhow::Result;
 use clap::Parser;
-use pt_benches::{cpu_name, json_of, model_path, peer_model, rows};
+use pt_benches::{Record, json_of, median, model_path, peer_model, ratios, rows};
 use pt_model::{Bare, CausalLm, GenerateConfig, Pretrained, Sites, generate};
 use pt_tensor::{Device, parse_kind, peak_memory_bytes};
 use serde_json::json;
@@ -21,6 +21,9 @@ struct Args {
     /// Rounds of ours and the peers'.
     #[arg(long, default_value_t = 2)]
     rounds: usize,
+    /// Repeats within a round, of which the median counts.
+    #[arg(long, default_value_t = 3)]
+    repeats: usize,
     /// Only f32 or bf16.
     #[arg(long)]
     dtype: Option<String>,
@@ -36,35 +39,46 @@ const PREFILL: usize = 512;
 fn main() -> Result<()> {
     let args = Args::parse();
     if args.once {
-        return once(args.dtype.as_deref().unwrap_or("f32"));
+        return once(args.dtype.as_deref().unwrap_or("f32"), args.repeats);
     }
     let scripts = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("peers");
-    println!("# {}", cpu_name());
+    let setting = json!({"prompt": PROMPT, "new_tokens": NEW_TOKENS, "prefill": PREFILL, "repeats": args.repeats});
+    let mut record = Record::new("generate", setting)?;
+    let repeats = args.repeats.to_string();
     for (dtype, torch_dtype) in [("f32", "float32"), ("bf16", "bfloat16")] {
         if args.dtype.as_deref().is_some_and(|only| only != dtype) {
             continue;
         }
         for round in 0..args.rounds {
-            let own = json_of(Command::new(std::env::current_exe()?).args(["--once", "--dtype", dtype]))?;
-            println!("{dtype} round {round} pt {own}");
+            let own = json_of(Command::new(std::env::current_exe()?).args([
+                "--once",
+                "--dtype",
+                dtype,
+                "--repeats",
+                &repeats,
+            ]))?;
+            record.add(json!({"tool": "pt", "dtype": dtype, "round": round, "measured": own}));
             if let Some(python) = &args.peers {
                 let model = peer_model(python, &scripts)?;
                 let mut command = Command::new(python);
                 command.arg(scripts.join("generate_transformers.py")).arg("--model").arg(model);
-                let peer = json_of(command.args(["--dtype", torch_dtype]))?;
-                println!("{dtype} round {round} transformers {peer}");
+                let peer = json_of(command.args(["--dtype", torch_dtype, "--repeats", &repeats]))?;
+                let ratios = ratios(&own, &peer);
+                record.add(json!({"tool": "transformers", "dtype": dtype, "round": round, "measured": peer}));
+                record.add(json!({"ratio": "pt / transformers", "dtype": dtype, "round": round, "measured": ratios}));
             }
         }
     }
     if let Some(python) = &args.peers {
         let mut command = Command::new(python);
         command.arg(scripts.join("generate_llama_cpp.py")).arg("--model").arg(model_path()?);
-        println!("llama.cpp {}", json_of(&mut command)?);
+        let peer = json_of(command.args(["--repeats", &repeats]))?;
+        record.add(json!({"tool": "llama.cpp", "measured": peer}));
     }
-    Ok(())
+    record.save()
 }
 
-fn once(dtype: &str) -> Result<()> {
+fn once(dtype: &str, repeats: usize) -> Result<()> {
     let kind = parse_kind(dtype)?.kind(Device::Cpu);
     let pretrained = Pretrained::open(model_path()?)?;
     let model = CausalLm::load(&pretrained, Device::Cpu, kind)?;
@@ -82,13 +96,16 @@ fn once(dtype: &str) -> Result<()> {
     run(1, 8, 4)?;
     let mut result = json!({});
     for batch in [1, 16] {
-        let prefill = run(batch, PROMPT, 1)?;
-        let whole = run(batch, PROMPT, NEW_TOKENS + 1)?;
-        result[format!("decode_tokens_per_s_batch_{batch}")] = json!((batch * NEW_TOKENS) as f64 / (whole - prefill));
+        let rate = || -> Result<f64> {
+            let prefill = run(batch, PROMPT, 1)?;
+            let whole = run(batch, PROMPT, NEW_TOKENS + 1)?;
+            Ok((batch * NEW_TOKENS) as f64 / (whole - prefill))
+        };
+        let rates = (0..repeats).map(|_| rate()).collect::<Result<Vec<f64>>>()?;
+        result[format!("decode_tokens_per_s_batch_{batch}")] = median(rates).into();
     }
-    let prefill =
-        (0..3).map(|_| run(1, PREFILL, 1)).collect::<Result<Vec<f64>>>()?.into_iter().fold(f64::MAX, f64::min);
-    result["prefill_tokens_per_s"] = json!(PREFILL as f64 / prefill);
+    let rates = (0..repeats).map(|_| Ok(PREFILL as f64 / run(1, PREFILL, 1)?)).collect::<Result<Vec<f64>>>()?;
+    result["prefill_tokens_per_s"] = median(rates).into();
     result["peak_rss_bytes"] = json!(peak_memory_bytes());
     println!("{result}");
     Ok(())

@@ -28,7 +28,7 @@ pub(crate) struct ModelArgs {
     /// auto, cpu, cuda, cuda:N or mps.
     #[arg(long, default_value = "auto")]
     pub(crate) device: String,
-    /// Number format of weights and activations: auto, f32, bf16 or f16.
+    /// Number format of weights and activations: auto (f32 on the CPU, bf16 on CUDA), f32, bf16 or f16.
     #[arg(long, default_value = "auto")]
     pub(crate) dtype: String,
 }
@@ -89,7 +89,10 @@ impl ModelArgs {
     }
 
     pub(crate) fn open(&self) -> Result<Opened> {
-        let (device, kind) = (self.device()?, self.kind()?);
+        let device = self.device()?;
+        // Training keeps f32 masters beside bf16; an answer has nothing to fall back on, and a small model's best
+        // and second best token lie closer than bf16 tells apart.
+        let kind = if self.dtype == "auto" && device == Device::Cpu { Kind::Float } else { self.kind()? };
         let pretrained = self.pretrained()?;
         let model = CausalLm::load(&pretrained, device, kind)?;
         let sites: Rc<dyn Sites> = match &self.adapter {
