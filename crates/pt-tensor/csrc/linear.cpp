@@ -11,19 +11,6 @@ namespace {
 
 constexpr int64_t DOTS = 4;  // rows of the weight, and of x at most, whose dot products are taken together
 
-// The sum of a vector's lanes, by halves: lane after lane would take longer than the products.
-INLINE float lane_sum(const Vec& v) {
-  typedef float Half __attribute__((vector_size(32)));
-  typedef float Quarter __attribute__((vector_size(16)));
-  Half halves[2];
-  memcpy(halves, &v, sizeof v);
-  Half half = halves[0] + halves[1];
-  Quarter quarters[2];
-  memcpy(quarters, &half, sizeof half);
-  Quarter quarter = quarters[0] + quarters[1];
-  return (quarter[0] + quarter[2]) + (quarter[1] + quarter[3]);
-}
-
 // 2 * LANES elements as two vectors in whatever order is cheapest; `paired` says which, so that x can be laid out
 // likewise. A vector of bf16 pairs holds its even elements in the low halves and its odd ones in the high halves.
 constexpr int64_t PAIR = 2 * LANES;

@@ -69,6 +69,19 @@ constexpr int64_t BLOCK = 6;   // rows whose sums stand in registers: 6 of 512 b
 
 typedef float Vec __attribute__((vector_size(64), aligned(4), may_alias));
 
+// The sum of a vector's lanes, by halves: lane after lane would take longer than the products.
+INLINE float lane_sum(const Vec& v) {
+  typedef float Half __attribute__((vector_size(32)));
+  typedef float Quarter __attribute__((vector_size(16)));
+  Half halves[2];
+  memcpy(halves, &v, sizeof v);
+  Half half = halves[0] + halves[1];
+  Quarter quarters[2];
+  memcpy(quarters, &half, sizeof half);
+  Quarter quarter = quarters[0] + quarters[1];
+  return (quarter[0] + quarter[2]) + (quarter[1] + quarter[3]);
+}
+
 struct Release {
   void operator()(float* p) const { std::free(p); }
 };

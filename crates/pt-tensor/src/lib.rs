@@ -19,6 +19,7 @@
 mod attention;
 pub mod autograd;
 mod checkpoint;
+mod decode_attention;
 mod device;
 mod error;
 mod fused;
@@ -30,6 +31,7 @@ mod weight;
 
 pub use attention::{AttentionPlan, Segment, packed_attention};
 pub use checkpoint::checkpoint;
+pub use decode_attention::{CacheSlot, decode_attention};
 pub use device::{ComputeKind, parse_device, parse_kind, peak_memory_bytes};
 pub use error::{Result, TensorError};
 pub use fused::{apply_rotary, linear, rms_norm, swiglu};

@@ -2,7 +2,7 @@
 
 use crate::Result;
 use crate::decoder::{Attend, CausalLm};
-use pt_tensor::{AttentionPlan, Segment, Tensor, packed_attention};
+use pt_tensor::{AttentionPlan, CacheSlot, Segment, Tensor, decode_attention, packed_attention};
 use std::rc::Rc;
 use std::sync::Arc;
 
@@ -65,61 +65,19 @@ impl Attend for Prefill {
 #[derive(Debug)]
 pub(super) struct Decode {
     cache: Rc<Cache>,
-    rows: Vec<i64>,
-    positions: Vec<i64>,
-    /// `(first, count)` of neighbouring rows of equal length, which attend in one call.
-    runs: Vec<(usize, usize)>,
+    slots: Vec<CacheSlot>,
 }
 
 impl Decode {
-    pub(super) fn new(cache: Rc<Cache>, rows: Vec<i64>, positions: Vec<i64>) -> Self {
-        let mut runs: Vec<(usize, usize)> = Vec::new();
-        for i in 0..rows.len() {
-            match runs.last_mut() {
-                Some((first, count))
-                    if positions[*first] == positions[i] && rows[*first] + *count as i64 == rows[i] =>
-                {
-                    *count += 1
-                }
-                _ => runs.push((i, 1)),
-            }
-        }
-        Self { cache, rows, positions, runs }
+    pub(super) fn new(cache: Rc<Cache>, slots: Vec<CacheSlot>) -> Self {
+        Self { cache, slots }
     }
 }
 
 impl Attend for Decode {
     fn attend(&self, layer: usize, query: &Tensor, key: &Tensor, value: &Tensor) -> Result<Tensor> {
         let (keys, values) = &self.cache.layers[layer];
-        let (num_heads, head_dim) = (query.size()[1], query.size()[2]);
-        let kv_heads = key.size()[1];
-        let mut outputs = Vec::with_capacity(self.runs.len());
-        for &(first, count) in &self.runs {
-            let (row, position, count) = (self.rows[first], self.positions[first], count as i64);
-            let first = first as i64;
-            for (buffer, new) in [(keys, key), (values, value)] {
-                buffer
-                    .narrow(0, row, count)
-                    .narrow(1, position, 1)
-                    .f_copy_(&new.narrow(0, first, count).unsqueeze(1))?;
-            }
-            let start = self.cache.window.map_or(0, |window| (position + 1 - window).max(0));
-            let seen =
-                |buffer: &Tensor| buffer.narrow(0, row, count).narrow(1, start, position + 1 - start).transpose(1, 2);
-            // A key head serves a run of query heads: they take the place of query positions.
-            let grouped = query.narrow(0, first, count).view([count, kv_heads, num_heads / kv_heads, head_dim]);
-            let output = Tensor::f_scaled_dot_product_attention(
-                &grouped,
-                &seen(keys),
-                &seen(values),
-                None::<&Tensor>,
-                0.0,
-                false,
-                self.cache.scale,
-                false,
-            )?;
-            outputs.push(output.reshape([count, num_heads, head_dim]));
-        }
-        Ok(if outputs.len() == 1 { outputs.remove(0) } else { Tensor::cat(&outputs, 0) })
+        let Cache { scale, window, .. } = *self.cache;
+        Ok(decode_attention((query, key, value), (keys, values), &self.slots, scale, window)?)
     }
 }

@@ -9,7 +9,7 @@ use crate::sites::Sites;
 use crate::tokenizer::Tokenizer;
 use crate::{ModelError, Result};
 use cache::Cache;
-use pt_tensor::{Tensor, no_grad};
+use pt_tensor::{CacheSlot, Tensor, no_grad};
 use sample::Sampler;
 use serde::{Deserialize, Serialize};
 use std::rc::Rc;
@@ -223,8 +223,9 @@ pub fn generate(
             let ids: Vec<i64> = active.iter().filter_map(|&row| rows[row].token_ids.last().copied()).collect();
             let positions: Vec<i64> =
                 active.iter().map(|&row| (rows[row].prompt.len() + rows[row].token_ids.len() - 1) as i64).collect();
-            let cache_rows: Vec<i64> = active.iter().map(|&row| rows[row].cache_row).collect();
-            let attend = Rc::new(cache::Decode::new(cache.clone(), cache_rows, positions.clone()));
+            let slot = |(&row, &position): (&usize, &i64)| CacheSlot { row: rows[row].cache_row, position };
+            let slots = active.iter().zip(&positions).map(slot).collect();
+            let attend = Rc::new(cache::Decode::new(cache.clone(), slots));
             let device = model.device();
             let (ids, positions) =
                 (Tensor::from_slice(&ids).to_device(device), Tensor::from_slice(&positions).to_device(device));
