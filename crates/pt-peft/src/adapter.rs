@@ -44,7 +44,7 @@ pub trait Adapter: Sites {
     /// Writes the adapter to a folder in PEFT's format.
     ///
     /// # Errors
-    /// [`PeftError::Write`] and those of the tensor layer; a new folder appears whole or not at all.
+    /// Those of the tensor layer; a new folder appears whole or not at all.
     fn save(&self, folder: &Path) -> Result<()>;
 
     /// Puts the update into the model's weights; the adapter then adds nothing until it is unmerged.

@@ -73,6 +73,15 @@ variable_list list(at::Tensor** tensors, size_t count) {
 
 }  // namespace
 
+namespace {
+
+// oneDNN keeps 1,024 compiled products by default. Batches without padding differ in length from step to step, so
+// nearly all of them are never used again, and together they held several gigabytes after a hundred steps. It reads
+// the variable when it compiles the first; a value that the user has set stands.
+__attribute__((constructor)) void bound_primitive_cache() { setenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32", 0); }
+
+}  // namespace
+
 extern "C" {
 
 // Makes `outputs` depend on `inputs` through `backward`. Takes `ctx` over, whatever happens.
