@@ -1,0 +1,281 @@
+//! How a function runs: which instruction set, on whose threads.
+
+use core::fmt;
+use core::ops::Range;
+use core::sync::atomic::{AtomicUsize, Ordering};
+
+use crate::{Isa, QuantError};
+
+/// Threads that work can be split over. Bring your own pool by implementing it.
+///
+/// Results do not depend on the pool or on its number of threads.
+pub trait Pool: Sync {
+    /// How many calls of a task can run side by side, at least 1.
+    fn num_threads(&self) -> usize;
+
+    /// Calls `task` `num_threads` times, side by side where possible, and returns when all are done. Work is taken from a
+    /// shared list, so a pool that makes fewer calls is slower, not wrong.
+    fn run(&self, task: &(dyn Fn() + Sync));
+}
+
+/// The calling thread alone.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Inline;
+
+impl Pool for Inline {
+    fn num_threads(&self) -> usize {
+        1
+    }
+
+    fn run(&self, task: &(dyn Fn() + Sync)) {
+        task();
+    }
+}
+
+/// The rayon pool that is current where the function is called.
+#[cfg(feature = "rayon")]
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Rayon;
+
+#[cfg(feature = "rayon")]
+impl Pool for Rayon {
+    fn num_threads(&self) -> usize {
+        rayon::current_num_threads()
+    }
+
+    fn run(&self, task: &(dyn Fn() + Sync)) {
+        rayon::scope(|scope| {
+            for _ in 1..rayon::current_num_threads() {
+                scope.spawn(|_| task());
+            }
+            task();
+        });
+    }
+}
+
+/// An instruction set and a pool: the last argument of everything that computes.
+#[derive(Clone, Copy)]
+pub struct Exec<'a> {
+    /// Available on this processor; only [`Exec::with_isa`] sets it, after a check. Kernels rely on it.
+    isa: Isa,
+    pool: &'a dyn Pool,
+}
+
+impl Exec<'static> {
+    /// The instruction set of [`Isa::detect`], on rayon's threads with the feature `rayon`, on the calling thread without.
+    #[must_use]
+    pub fn new() -> Self {
+        #[cfg(feature = "rayon")]
+        return Self { isa: Isa::detect(), pool: &Rayon };
+        #[cfg(not(feature = "rayon"))]
+        return Self::single();
+    }
+
+    /// The instruction set of [`Isa::detect`] on the calling thread.
+    #[must_use]
+    pub fn single() -> Self {
+        Self { isa: Isa::detect(), pool: &Inline }
+    }
+}
+
+impl Default for Exec<'static> {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl<'a> Exec<'a> {
+    /// With another instruction set.
+    ///
+    /// # Errors
+    /// [`QuantError::Isa`] when this processor lacks it.
+    pub fn with_isa(self, isa: Isa) -> Result<Self, QuantError> {
+        if isa.is_available() { Ok(Self { isa, ..self }) } else { Err(QuantError::Isa { isa }) }
+    }
+
+    /// On another pool.
+    #[must_use]
+    pub fn with_pool<'b>(self, pool: &'b dyn Pool) -> Exec<'b> {
+        Exec { isa: self.isa, pool }
+    }
+
+    /// The instruction set; available on this processor.
+    #[must_use]
+    pub fn isa(&self) -> Isa {
+        self.isa
+    }
+
+    /// Threads of the pool.
+    #[must_use]
+    pub fn num_threads(&self) -> usize {
+        self.pool.num_threads().max(1)
+    }
+
+    /// Calls `work` once for each of `0..num_tasks`, on all threads.
+    pub(crate) fn for_each(&self, num_tasks: usize, work: impl Fn(usize) + Sync) {
+        if num_tasks <= 1 || self.num_threads() == 1 {
+            (0..num_tasks).for_each(work);
+            return;
+        }
+        let next = AtomicUsize::new(0);
+        let take = || {
+            loop {
+                // Each index is handed out once, whatever the pool does: what is split by it below may be `&mut`.
+                let index = next.fetch_add(1, Ordering::Relaxed);
+                if index >= num_tasks {
+                    return;
+                }
+                work(index);
+            }
+        };
+        self.pool.run(&take);
+        take();
+    }
+
+    /// Splits `out` into chunks of `chunk_len` (the last may be shorter) and calls `work(index, chunk)` once for each.
+    pub(crate) fn for_each_chunk<T: Send>(
+        &self,
+        out: &mut [T],
+        chunk_len: usize,
+        work: impl Fn(usize, &mut [T]) + Sync,
+    ) {
+        let chunks = Chunks::new(out, chunk_len);
+        self.for_each(chunks.num_chunks(), |index| {
+            // SAFETY: `for_each` hands out each index once, so no two chunks overlap; `out` is borrowed until it returns.
+            work(index, unsafe { chunks.get(index) });
+        });
+    }
+
+    /// Splits two outputs side by side, as [`for_each_chunk`](Self::for_each_chunk) does; both must make the same number of chunks.
+    pub(crate) fn for_each_chunk_pair<T: Send, U: Send>(
+        &self,
+        (first, first_len): (&mut [T], usize),
+        (second, second_len): (&mut [U], usize),
+        work: impl Fn(usize, &mut [T], &mut [U]) + Sync,
+    ) {
+        let (first, second) = (Chunks::new(first, first_len), Chunks::new(second, second_len));
+        assert_eq!(first.num_chunks(), second.num_chunks(), "both outputs make the same number of chunks");
+        self.for_each(first.num_chunks(), |index| {
+            // SAFETY: as in `for_each_chunk`, for each of two buffers that are borrowed apart.
+            work(index, unsafe { first.get(index) }, unsafe { second.get(index) });
+        });
+    }
+
+    /// Splits `0..len` into at most a few ranges per thread, cut at multiples of `align`, none much shorter than `min_len`.
+    /// The cuts depend on the number of threads: use it only where results do not depend on the cuts.
+    pub(crate) fn ranges(&self, len: usize, align: usize, min_len: usize) -> impl Fn(usize) -> Range<usize> + use<> {
+        let pieces = (4 * self.num_threads()).min(len / min_len.max(1)).max(1);
+        let step = len.div_ceil(pieces).next_multiple_of(align).max(1);
+        move |index| (index * step).min(len)..((index + 1) * step).min(len)
+    }
+}
+
+impl fmt::Debug for Exec<'_> {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.debug_struct("Exec").field("isa", &self.isa).field("num_threads", &self.num_threads()).finish()
+    }
+}
+
+/// A mutable slice cut into chunks that several threads take apart from each other.
+struct Chunks<'a, T> {
+    start: *mut T,
+    len: usize,
+    chunk_len: usize,
+    lifetime: core::marker::PhantomData<&'a mut [T]>,
+}
+
+// SAFETY: shared among threads only to hand out chunks that do not overlap (`get`), each to one thread, as `&mut [T]` of
+// a `T: Send` may be.
+unsafe impl<T: Send> Sync for Chunks<'_, T> {}
+
+impl<'a, T> Chunks<'a, T> {
+    fn new(out: &'a mut [T], chunk_len: usize) -> Self {
+        let chunk_len = chunk_len.max(1);
+        Self { start: out.as_mut_ptr(), len: out.len(), chunk_len, lifetime: core::marker::PhantomData }
+    }
+
+    fn num_chunks(&self) -> usize {
+        self.len.div_ceil(self.chunk_len)
+    }
+
+    /// # Safety
+    /// Each index at most once while any chunk is alive, and `index < num_chunks()`.
+    #[allow(clippy::mut_from_ref)]
+    unsafe fn get(&self, index: usize) -> &mut [T] {
+        let start = index * self.chunk_len;
+        debug_assert!(start < self.len);
+        // SAFETY: `start < len`, and the length stops at the end of the slice that `new` borrowed; the caller keeps
+        // chunks from being handed out twice.
+        unsafe { core::slice::from_raw_parts_mut(self.start.add(start), self.chunk_len.min(self.len - start)) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use alloc::vec;
+    use alloc::vec::Vec;
+
+    use super::*;
+
+    struct Threads(usize);
+
+    impl Pool for Threads {
+        fn num_threads(&self) -> usize {
+            self.0
+        }
+
+        fn run(&self, task: &(dyn Fn() + Sync)) {
+            std::thread::scope(|scope| {
+                for _ in 0..self.0 {
+                    scope.spawn(task);
+                }
+            });
+        }
+    }
+
+    /// Makes no call at all.
+    struct Lazy;
+
+    impl Pool for Lazy {
+        fn num_threads(&self) -> usize {
+            4
+        }
+
+        fn run(&self, _: &(dyn Fn() + Sync)) {}
+    }
+
+    #[test]
+    fn every_chunk_is_worked_on_once_whatever_the_pool_does() {
+        let pools: [&dyn Pool; 4] = [&Inline, &Threads(2), &Threads(7), &Lazy];
+        for pool in pools {
+            for len in [0, 1, 5, 64, 1000] {
+                let mut out = vec![0u32; len];
+                Exec::single().with_pool(pool).for_each_chunk(&mut out, 7, |index, chunk| {
+                    chunk.iter_mut().enumerate().for_each(|(offset, value)| *value += (index * 7 + offset + 1) as u32);
+                });
+                assert_eq!(out, (1..=len as u32).collect::<Vec<_>>());
+            }
+        }
+    }
+
+    #[test]
+    fn ranges_cover_everything_once() {
+        for threads in [1, 2, 5] {
+            let pool = Threads(threads);
+            let exec = Exec::single().with_pool(&pool);
+            for len in [0, 1, 63, 64, 65, 1000] {
+                let ranges = exec.ranges(len, 16, 32);
+                let mut next = 0;
+                for index in 0.. {
+                    let range = ranges(index);
+                    if range.is_empty() {
+                        break;
+                    }
+                    assert_eq!(range.start, next);
+                    next = range.end;
+                }
+                assert_eq!(next, len);
+            }
+        }
+    }
+}

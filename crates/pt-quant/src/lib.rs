@@ -1,0 +1,19 @@
+//! NF4 weights and 1-bit deltas on the CPU, with hand-written SIMD and without libtorch.
+
+#![cfg_attr(not(feature = "std"), no_std)]
+
+extern crate alloc;
+
+mod codebook;
+mod element;
+mod error;
+mod exec;
+mod isa;
+
+pub use codebook::Codebook;
+pub use element::{Bf16, Element, F16};
+pub use error::QuantError;
+#[cfg(feature = "rayon")]
+pub use exec::Rayon;
+pub use exec::{Exec, Inline, Pool};
+pub use isa::Isa;
