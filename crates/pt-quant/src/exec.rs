@@ -161,6 +161,26 @@ impl<'a> Exec<'a> {
         });
     }
 
+    /// Splits the columns of a row-major matrix `out` of `num_columns` columns into blocks of `block_len` (the last may be narrower) and
+    /// calls `work(first_column, block)` once for each. This is how products are split over the rows of their weight.
+    pub(crate) fn for_each_columns<T: Send>(
+        &self,
+        out: &mut [T],
+        num_columns: usize,
+        block_len: usize,
+        work: impl Fn(usize, Columns<'_, T>) + Sync,
+    ) {
+        let block_len = block_len.max(1);
+        let num_rows = out.len().checked_div(num_columns).unwrap_or(0);
+        // The whole matrix is one chunk, of which each task gets its own columns.
+        let whole = Chunks::new(out, usize::MAX);
+        self.for_each(num_columns.div_ceil(block_len), |index| {
+            let first = index * block_len;
+            let len = block_len.min(num_columns - first);
+            work(first, Columns { whole: &whole, num_rows, num_columns, first, len });
+        });
+    }
+
     /// Splits `0..len` into at most a few ranges per thread, cut at multiples of `align`, none much shorter than `min_len`.
     /// The cuts depend on the number of threads: use it only where results do not depend on the cuts.
     pub(crate) fn ranges(&self, len: usize, align: usize, min_len: usize) -> impl Fn(usize) -> Range<usize> + use<> {
@@ -210,6 +230,36 @@ impl<'a, T> Chunks<'a, T> {
     }
 }
 
+/// Some neighbouring columns of a row-major matrix, which no other thread touches; made by [`Exec::for_each_columns`].
+pub(crate) struct Columns<'a, T> {
+    whole: &'a Chunks<'a, T>,
+    num_rows: usize,
+    num_columns: usize,
+    first: usize,
+    len: usize,
+}
+
+impl<T> Columns<'_, T> {
+    /// Columns in the block.
+    pub(crate) fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Rows of the matrix.
+    pub(crate) fn num_rows(&self) -> usize {
+        self.num_rows
+    }
+
+    /// The block's part of a row.
+    pub(crate) fn row(&mut self, row: usize) -> &mut [T] {
+        assert!(row < self.num_rows, "row {row} of {}", self.num_rows);
+        let start = row * self.num_columns + self.first;
+        // SAFETY: `row < num_rows` and `first + len <= num_columns`, so the slice lies in the matrix; blocks are handed out once
+        // (`for_each`) and have no column in common, and `&mut self` keeps two rows of one block from living at once.
+        unsafe { core::slice::from_raw_parts_mut(self.whole.start.add(start), self.len) }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use alloc::vec;
@@ -255,6 +305,27 @@ mod tests {
                 });
                 assert_eq!(out, (1..=len as u32).collect::<Vec<_>>());
             }
+        }
+    }
+
+    #[test]
+    fn blocks_of_columns_cover_the_matrix_once() {
+        for (num_rows, num_columns, block_len) in [(0, 5, 2), (3, 0, 2), (1, 1, 4), (3, 7, 2), (4, 8, 8), (5, 9, 1)] {
+            let mut out = vec![0u32; num_rows * num_columns];
+            Exec::single().with_pool(&Threads(3)).for_each_columns(
+                &mut out,
+                num_columns,
+                block_len,
+                |first, mut block| {
+                    assert!(block.len() <= block_len && block.num_rows() == num_rows);
+                    for row in 0..num_rows {
+                        for (offset, value) in block.row(row).iter_mut().enumerate() {
+                            *value += (row * num_columns + first + offset + 1) as u32;
+                        }
+                    }
+                },
+            );
+            assert_eq!(out, (1..=(num_rows * num_columns) as u32).collect::<Vec<_>>());
         }
     }
 
