@@ -73,8 +73,17 @@ impl F16 {
 }
 
 mod sealed {
-    pub trait Sealed {}
-    impl Sealed for f32 {}
+    pub trait Sealed: Sized {
+        /// The slice as it is, if its elements are f32.
+        fn as_f32(_: &[Self]) -> Option<&[f32]> {
+            None
+        }
+    }
+    impl Sealed for f32 {
+        fn as_f32(slice: &[Self]) -> Option<&[f32]> {
+            Some(slice)
+        }
+    }
     impl Sealed for super::Bf16 {}
     impl Sealed for super::F16 {}
     #[cfg(feature = "half")]

@@ -113,23 +113,53 @@ impl<'a> Exec<'a> {
 
     /// Calls `work` once for each of `0..num_tasks`, on all threads.
     pub(crate) fn for_each(&self, num_tasks: usize, work: impl Fn(usize) + Sync) {
+        self.for_each_with(num_tasks, &mut vec_of_units(self.num_slots()), |index, ()| work(index));
+    }
+
+    /// How many slots of scratch [`for_each_with`](Self::for_each_with) can use: one a thread.
+    pub(crate) fn num_slots(&self) -> usize {
+        // The calling thread takes part after the pool is done, in case the pool made no call.
+        match self.num_threads() {
+            1 => 1,
+            threads => threads + 1,
+        }
+    }
+
+    /// Calls `work` once for each of `0..num_tasks`, on as many threads as there are `slots` of scratch; each thread works in a slot of its own.
+    pub(crate) fn for_each_with<S: Send>(
+        &self,
+        num_tasks: usize,
+        slots: &mut [S],
+        work: impl Fn(usize, &mut S) + Sync,
+    ) {
+        let Some((own, others)) = slots.split_first_mut() else {
+            assert_eq!(num_tasks, 0, "work needs a slot");
+            return;
+        };
         if num_tasks <= 1 || self.num_threads() == 1 {
-            (0..num_tasks).for_each(work);
+            (0..num_tasks).for_each(|index| work(index, own));
             return;
         }
-        let next = AtomicUsize::new(0);
-        let take = || {
+        let (next, next_slot, num_others) = (AtomicUsize::new(0), AtomicUsize::new(0), others.len());
+        let take = |slot: &mut S| {
             loop {
                 // Each index is handed out once, whatever the pool does: what is split by it below may be `&mut`.
                 let index = next.fetch_add(1, Ordering::Relaxed);
                 if index >= num_tasks {
                     return;
                 }
-                work(index);
+                work(index, slot);
             }
         };
-        self.pool.run(&take);
-        take();
+        let others = Chunks::new(others, 1);
+        self.pool.run(&|| {
+            let slot = next_slot.fetch_add(1, Ordering::Relaxed);
+            if slot < num_others {
+                // SAFETY: the counter gives out each slot once; `others` is borrowed until the pool has returned.
+                take(unsafe { &mut others.get(slot)[0] });
+            }
+        });
+        take(own);
     }
 
     /// Splits `out` into chunks of `chunk_len` (the last may be shorter) and calls `work(index, chunk)` once for each.
@@ -162,22 +192,22 @@ impl<'a> Exec<'a> {
     }
 
     /// Splits the columns of a row-major matrix `out` of `num_columns` columns into blocks of `block_len` (the last may be narrower) and
-    /// calls `work(first_column, block)` once for each. This is how products are split over the rows of their weight.
-    pub(crate) fn for_each_columns<T: Send>(
+    /// calls `work(first_column, block, slot)` once for each. This is how products are split over the rows of their weight.
+    pub(crate) fn for_each_columns<T: Send, S: Send>(
         &self,
-        out: &mut [T],
-        num_columns: usize,
+        (out, num_columns): (&mut [T], usize),
         block_len: usize,
-        work: impl Fn(usize, Columns<'_, T>) + Sync,
+        slots: &mut [S],
+        work: impl Fn(usize, Columns<'_, T>, &mut S) + Sync,
     ) {
         let block_len = block_len.max(1);
         let num_rows = out.len().checked_div(num_columns).unwrap_or(0);
         // The whole matrix is one chunk, of which each task gets its own columns.
         let whole = Chunks::new(out, usize::MAX);
-        self.for_each(num_columns.div_ceil(block_len), |index| {
+        self.for_each_with(num_columns.div_ceil(block_len), slots, |index, slot| {
             let first = index * block_len;
             let len = block_len.min(num_columns - first);
-            work(first, Columns { whole: &whole, num_rows, num_columns, first, len });
+            work(first, Columns { whole: &whole, num_rows, num_columns, first, len }, slot);
         });
     }
 
@@ -228,6 +258,11 @@ impl<'a, T> Chunks<'a, T> {
         // chunks from being handed out twice.
         unsafe { core::slice::from_raw_parts_mut(self.start.add(start), self.chunk_len.min(self.len - start)) }
     }
+}
+
+/// Slots for work that needs none. Units take no memory, so nothing is allocated.
+fn vec_of_units(len: usize) -> alloc::vec::Vec<()> {
+    alloc::vec![(); len]
 }
 
 /// Some neighbouring columns of a row-major matrix, which no other thread touches; made by [`Exec::for_each_columns`].
@@ -309,14 +344,27 @@ mod tests {
     }
 
     #[test]
+    fn no_two_threads_share_a_slot() {
+        let pools: [&dyn Pool; 4] = [&Inline, &Threads(2), &Threads(7), &Lazy];
+        for pool in pools {
+            let exec = Exec::single().with_pool(pool);
+            for num_slots in 1..=exec.num_slots() + 1 {
+                let mut slots = vec![0u64; num_slots];
+                exec.for_each_with(1000, &mut slots, |index, sum| *sum += index as u64);
+                assert_eq!(slots.iter().sum::<u64>(), 999 * 1000 / 2);
+            }
+        }
+    }
+
+    #[test]
     fn blocks_of_columns_cover_the_matrix_once() {
         for (num_rows, num_columns, block_len) in [(0, 5, 2), (3, 0, 2), (1, 1, 4), (3, 7, 2), (4, 8, 8), (5, 9, 1)] {
             let mut out = vec![0u32; num_rows * num_columns];
             Exec::single().with_pool(&Threads(3)).for_each_columns(
-                &mut out,
-                num_columns,
+                (&mut out, num_columns),
                 block_len,
-                |first, mut block| {
+                &mut [(); 2],
+                |first, mut block, ()| {
                     assert!(block.len() <= block_len && block.num_rows() == num_rows);
                     for row in 0..num_rows {
                         for (offset, value) in block.row(row).iter_mut().enumerate() {

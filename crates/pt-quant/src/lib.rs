@@ -5,10 +5,12 @@
 extern crate alloc;
 
 mod codebook;
+pub mod dense;
 mod element;
 mod error;
 mod exec;
 mod isa;
+mod simd;
 
 pub use codebook::Codebook;
 pub use element::{Bf16, Element, F16};

@@ -1,0 +1,126 @@
+//! Operands in the order that the block kernels read them.
+
+use alloc::vec::Vec;
+use core::ops::Range;
+
+use super::{GemmShape, grown};
+use crate::simd::dense::{Panel, Tiles};
+use crate::{Bf16, Element, Exec};
+
+/// X, `[rows, depth]`, in tiles of `lanes` rows.
+pub(crate) fn tiles_f32<'a, T: Element>(
+    x: &[T],
+    shape: GemmShape,
+    lanes: usize,
+    buffer: &'a mut Vec<f32>,
+    exec: &Exec<'_>,
+) -> Tiles<'a, f32> {
+    let depth = shape.depth;
+    tiles(shape.rows, depth, lanes, buffer, exec, |row, d| x[row * depth + d].to_f32())
+}
+
+/// X in tiles of pairs, rounded to bf16 if it is not of that format.
+pub(crate) fn tiles_bf16<'a, T: Element>(
+    x: &[T],
+    shape: GemmShape,
+    lanes: usize,
+    buffer: &'a mut Vec<u32>,
+    exec: &Exec<'_>,
+) -> Tiles<'a, u32> {
+    let depth = shape.depth;
+    tiles(shape.rows, depth.div_ceil(2), lanes, buffer, exec, |row, d| {
+        let row = &x[row * depth..][..depth];
+        pair(row[2 * d], row.get(2 * d + 1).copied())
+    })
+}
+
+fn tiles<'a, T: Copy + Default + Send>(
+    rows: usize,
+    depth: usize,
+    lanes: usize,
+    buffer: &'a mut Vec<T>,
+    exec: &Exec<'_>,
+    at: impl Fn(usize, usize) -> T + Sync,
+) -> Tiles<'a, T> {
+    let num_tiles = rows.div_ceil(lanes);
+    let data = grown(buffer, num_tiles * depth * lanes);
+    exec.for_each_chunk(data, depth * lanes, |tile, data| {
+        let rows = tile * lanes..rows.min((tile + 1) * lanes);
+        // In pieces of 16 along the depth, so that a cache line of X is used up while it is near.
+        for first in (0..depth).step_by(16) {
+            let last = depth.min(first + 16);
+            for (lane, row) in rows.clone().enumerate() {
+                for d in first..last {
+                    data[d * lanes + lane] = at(row, d);
+                }
+            }
+            for lane in rows.len()..lanes {
+                for d in first..last {
+                    data[d * lanes + lane] = T::default();
+                }
+            }
+        }
+    });
+    Tiles { data, num_tiles, depth }
+}
+
+/// The bits of two numbers, the second of which may be missing.
+fn pair<T: Element>(low: T, high: Option<T>) -> u32 {
+    let bits = |value: T| u32::from(Bf16::from_f32(value.to_f32()).0);
+    bits(low) | high.map_or(0, bits) << 16
+}
+
+/// A panel of W, `[columns, depth]`: pairs along a row lie side by side already.
+pub(crate) fn panel_of_rows<'a, T: Element>(
+    w: &[T],
+    depth: usize,
+    rows: Range<usize>,
+    depths: Range<usize>,
+    buffer: &'a mut Vec<u32>,
+) -> Panel<'a, u32> {
+    let (num_rows, len) = (rows.len(), depths.len().div_ceil(2));
+    let data = grown(buffer, num_rows * len);
+    for (row, out) in rows.zip(data.chunks_exact_mut(len)) {
+        let row = &w[row * depth..][depths.clone()];
+        let pairs = row.chunks_exact(2);
+        if let [last] = pairs.remainder() {
+            out[len - 1] = pair(*last, None);
+        }
+        for (out, two) in out.iter_mut().zip(pairs) {
+            *out = pair_of_bf16(two[0], two[1]);
+        }
+    }
+    Panel { data, rows: num_rows, row_stride: len, depth_stride: 1, first: depths.start / 2, depth: len }
+}
+
+/// A panel of W, `[depth, columns]`: a pair takes one number from each of two rows.
+pub(crate) fn panel_of_columns<'a, T: Element>(
+    w: &[T],
+    columns: usize,
+    rows: Range<usize>,
+    depths: Range<usize>,
+    buffer: &'a mut Vec<u32>,
+) -> Panel<'a, u32> {
+    let (num_rows, len) = (rows.len(), depths.len().div_ceil(2));
+    let data = grown(buffer, num_rows * len);
+    for (index, out) in data.chunks_exact_mut(num_rows).enumerate() {
+        let at = depths.start + 2 * index;
+        let low = &w[at * columns..][rows.clone()];
+        if at + 1 < depths.end {
+            let high = &w[(at + 1) * columns..][rows.clone()];
+            for (out, (low, high)) in out.iter_mut().zip(low.iter().zip(high)) {
+                *out = pair_of_bf16(*low, *high);
+            }
+        } else {
+            for (out, low) in out.iter_mut().zip(low) {
+                *out = pair(*low, None);
+            }
+        }
+    }
+    Panel { data, rows: num_rows, row_stride: 1, depth_stride: num_rows, first: depths.start / 2, depth: len }
+}
+
+/// As [`pair`], for numbers that are bf16: their bits are the upper half of the f32, so no rounding is needed.
+fn pair_of_bf16<T: Element>(low: T, high: T) -> u32 {
+    low.to_f32().to_bits() >> 16 | high.to_f32().to_bits() & 0xffff_0000
+}
