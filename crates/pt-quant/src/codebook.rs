@@ -3,7 +3,7 @@
 /// The values of the 16 codes, and how a number finds its code.
 ///
 /// Every kernel takes any codebook, so NF4, FP4, IQ4_NL and MXFP4 share them.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Codebook {
     /// The value of each code.
     pub(crate) values: [f32; 16],

@@ -28,6 +28,12 @@ pub enum QuantError {
         /// The values that are taken.
         expected: &'static str,
     },
+    /// No block size.
+    #[error("the block size is {found}, expected a power of two from 32 to 4096")]
+    BlockSize {
+        /// Its value.
+        found: usize,
+    },
     /// A size that does not fit in memory's address space.
     #[error("`{what}` overflows: the sizes given are too large")]
     Overflow {
@@ -55,6 +61,7 @@ impl QuantError {
         match self {
             Self::Length { .. } => "the docs of the function say which lengths belong together",
             Self::Value { .. } => "use one of the values expected",
+            Self::BlockSize { .. } => "64 is what QLoRA uses",
             Self::Overflow { .. } => "check the shape: it may come from a damaged file",
             Self::Isa { .. } => "Isa::available lists what this processor has; PT_QUANT_ISA=scalar always works",
             Self::UnknownIsa { .. } => "use scalar, avx2, avx512, avx512bf16, neon or neondot",

@@ -4,6 +4,7 @@
 
 extern crate alloc;
 
+mod block4;
 mod codebook;
 pub mod dense;
 mod element;
@@ -12,6 +13,7 @@ mod exec;
 mod isa;
 mod simd;
 
+pub use block4::{Absmax, AbsmaxBuf, Block4, Block4Ref, BlockSize, NestedAbsmax, NestedAbsmaxBuf, packed_len};
 pub use codebook::Codebook;
 pub use element::{Bf16, Element, F16};
 pub use error::QuantError;
