@@ -78,16 +78,30 @@ mod sealed {
         fn as_f32(_: &[Self]) -> Option<&[f32]> {
             None
         }
+
+        /// The bits of the elements, if they are bf16.
+        fn as_bf16_bits(_: &[Self]) -> Option<&[u16]> {
+            None
+        }
     }
     impl Sealed for f32 {
         fn as_f32(slice: &[Self]) -> Option<&[f32]> {
             Some(slice)
         }
     }
-    impl Sealed for super::Bf16 {}
+    impl Sealed for super::Bf16 {
+        fn as_bf16_bits(slice: &[Self]) -> Option<&[u16]> {
+            // SAFETY: `Bf16` is `repr(transparent)` over `u16`, so length, layout and valid values are the same.
+            Some(unsafe { core::slice::from_raw_parts(slice.as_ptr().cast(), slice.len()) })
+        }
+    }
     impl Sealed for super::F16 {}
     #[cfg(feature = "half")]
-    impl Sealed for half::bf16 {}
+    impl Sealed for half::bf16 {
+        fn as_bf16_bits(slice: &[Self]) -> Option<&[u16]> {
+            Some(half::slice::HalfBitsSliceExt::reinterpret_cast(slice))
+        }
+    }
     #[cfg(feature = "half")]
     impl Sealed for half::f16 {}
 }

@@ -11,7 +11,7 @@ use core::ops::Range;
 use crate::element::ElementKind;
 use crate::error::check_len;
 use crate::exec::Columns;
-use crate::simd::dense::{self, Kernels, Panel};
+use crate::simd::dense::{self, DotsFn, Kernels, Panel};
 use crate::{Element, Exec, QuantError};
 
 /// Rows of the weight that are worked on at once: a multiple of every kernel's rows, so few that their outputs stay in the L2 cache.
@@ -19,6 +19,9 @@ pub(crate) const BLOCK_ROWS: usize = 48;
 
 /// Depth of a panel: what a kernel reads again and again stays in the L1 cache.
 pub(crate) const BLOCK_DEPTH: usize = 256;
+
+/// Weights in the smallest block of a product of few rows: below it, handing out a block costs more than the block.
+const MIN_DOTS_WORK: usize = 32 * 1024;
 
 /// The size of a product `Y[rows, columns] = X[rows, depth] · W`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -162,7 +165,14 @@ fn gemm<T: Element>(
     workspace.reserve_slots(exec);
     let kernels = dense::kernels(exec.isa());
     let Workspace { tiles_f32, tiles_bf16, slots } = workspace;
-    if let Some(w) = T::as_f32(w) {
+    let are_rows_few = (1..=dense::MAX_DOTS).contains(&shape.rows) && shape.depth > 0;
+    if are_rows_few && matches!(layout, Layout::RowsAreColumns) {
+        if let (Some(x), Some(w)) = (T::as_f32(x), T::as_f32(w)) {
+            run_dots(kernels.dots_f32, x, w, (y, shape, output), slots, exec);
+        } else if let (Some(x), Some(w)) = (T::as_bf16_bits(x), T::as_bf16_bits(w)) {
+            run_dots(kernels.dots_bf16, x, w, (y, shape, output), slots, exec);
+        }
+    } else if let Some(w) = T::as_f32(w) {
         let tiles = pack::tiles_f32(x, shape, kernels.lanes, tiles_f32, exec);
         let (row_stride, depth_stride) = match layout {
             Layout::RowsAreColumns => (shape.depth, 1),
@@ -185,6 +195,25 @@ fn gemm<T: Element>(
         });
     }
     Ok(())
+}
+
+/// The product of a few rows, which reads each weight once.
+fn run_dots<T: Sync>(
+    dots: DotsFn<T>,
+    x: &[T],
+    w: &[T],
+    (y, shape, output): (&mut [f32], GemmShape, Output),
+    slots: &mut [Slot],
+    exec: &Exec<'_>,
+) {
+    let GemmShape { rows, columns, depth } = shape;
+    // Large enough that handing out a block costs little, small enough that threads end together.
+    let block_len = (MIN_DOTS_WORK / depth).max(columns.div_ceil(8 * exec.num_threads())).max(1);
+    exec.for_each_columns((y, columns), block_len, slots, |first, mut block, slot| {
+        let sums = grown(&mut slot.yt, block.len() * rows);
+        dots(x, &w[first * depth..][..block.len() * depth], depth, sums);
+        store(sums, rows, &mut block, output);
+    });
 }
 
 /// Goes over the columns of `y` in blocks and over the depth in panels: `add_panel(columns, depths, yt, panel_f32, panel_bf16)` adds to `yt`

@@ -6,15 +6,17 @@
 //! 24 accumulators of 32 registers. A weight is broadcast by the load port, so the weights need no packing.
 
 use core::arch::x86_64::{
-    __m512, __m512bh, _mm512_add_ps, _mm512_and_si512, _mm512_castsi512_ps, _mm512_dpbf16_ps, _mm512_fmadd_ps,
-    _mm512_loadu_ps, _mm512_loadu_si512, _mm512_set1_epi32, _mm512_set1_ps, _mm512_setzero_ps, _mm512_slli_epi32,
-    _mm512_storeu_ps,
+    __m512, __m512bh, __m512i, _MM_HINT_T0, _mm_prefetch, _mm512_add_ps, _mm512_and_si512, _mm512_castsi512_ps,
+    _mm512_dpbf16_ps, _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_loadu_si512, _mm512_maskz_loadu_epi16,
+    _mm512_maskz_loadu_ps, _mm512_reduce_add_ps, _mm512_set1_epi32, _mm512_set1_ps, _mm512_setzero_ps,
+    _mm512_slli_epi32, _mm512_storeu_ps,
 };
 
-use super::{Kernels, Panel, Tiles, block_function, check_block};
+use super::{Kernels, Panel, Tiles, block_function, check_block, check_dots, dots_function};
 
-pub(super) static KERNELS: Kernels = Kernels { lanes: 16, block_f32, block_bf16: block_widened };
-pub(super) static KERNELS_BF16: Kernels = Kernels { lanes: 16, block_f32, block_bf16 };
+pub(super) static KERNELS: Kernels =
+    Kernels { dots_f32, dots_bf16: dots_widened, lanes: 16, block_f32, block_bf16: block_widened };
+pub(super) static KERNELS_BF16: Kernels = Kernels { dots_f32, dots_bf16, lanes: 16, block_f32, block_bf16 };
 
 block_function!(block_f32, inner_f32, "avx512f", f32, 16, 12, tile_f32, [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11]);
 block_function!(
@@ -28,6 +30,13 @@ block_function!(
     [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11]
 );
 block_function!(block_widened, inner_widened, "avx512f", u32, 16, 6, tile_widened, [1, 2, 3, 4, 5]);
+
+dots_function!(dots_f32, all_dots_f32, "avx512f", f32, dots_of_f32);
+dots_function!(dots_bf16, all_dots_bf16, "avx512f,avx512bw,avx512bf16", u16, dots_of_bf16);
+dots_function!(dots_widened, all_dots_widened, "avx512f,avx512bw", u16, dots_of_widened);
+
+/// How far ahead of its use a weight is asked for, in bytes: the memory's latency at the speed of the kernel.
+const AHEAD: usize = 2048;
 
 /// Adds the accumulators to the outputs.
 ///
@@ -101,7 +110,7 @@ unsafe fn tile_bf16<const ROWS: usize, const VECTORS: usize>(
 ) {
     let mut sums = [[_mm512_setzero_ps(); VECTORS]; ROWS];
     for d in 0..depth {
-        // SAFETY: the caller's promise; both vector types are 64 bytes without invalid values.
+        // SAFETY: the caller's promise.
         unsafe {
             let mut xs = [_mm512_set1_epi32(0); VECTORS];
             for (vector, xs) in xs.iter_mut().enumerate() {
@@ -109,9 +118,8 @@ unsafe fn tile_bf16<const ROWS: usize, const VECTORS: usize>(
             }
             for (row, sums) in sums.iter_mut().enumerate() {
                 let w = _mm512_set1_epi32(w.add(row * row_stride + d * depth_stride).read_unaligned() as i32);
-                let w = core::mem::transmute::<_, __m512bh>(w);
                 for (sum, x) in sums.iter_mut().zip(xs) {
-                    *sum = _mm512_dpbf16_ps(*sum, w, core::mem::transmute::<_, __m512bh>(x));
+                    *sum = _mm512_dpbf16_ps(*sum, as_bf16(w), as_bf16(x));
                 }
             }
         }
@@ -136,25 +144,134 @@ unsafe fn tile_widened<const ROWS: usize, const VECTORS: usize>(
     y: *mut f32,
     y_stride: usize,
 ) {
-    let high = _mm512_set1_epi32(0xffff_0000u32 as i32);
     let mut sums = [[_mm512_setzero_ps(); VECTORS]; ROWS];
     for d in 0..depth {
         // SAFETY: the caller's promise.
         unsafe {
-            let mut xs = [(_mm512_setzero_ps(), _mm512_setzero_ps()); VECTORS];
+            let mut xs = [[_mm512_setzero_ps(); 2]; VECTORS];
             for (vector, xs) in xs.iter_mut().enumerate() {
-                let x = _mm512_loadu_si512(x.add(vector * x_stride + d * 16).cast());
-                *xs = (_mm512_castsi512_ps(_mm512_slli_epi32::<16>(x)), _mm512_castsi512_ps(_mm512_and_si512(x, high)));
+                *xs = halves(_mm512_loadu_si512(x.add(vector * x_stride + d * 16).cast()));
             }
             for (row, sums) in sums.iter_mut().enumerate() {
                 let (low, high) = super::pair(w.add(row * row_stride + d * depth_stride).read_unaligned());
                 let (low, high) = (_mm512_set1_ps(low), _mm512_set1_ps(high));
                 for (sum, x) in sums.iter_mut().zip(xs) {
-                    *sum = _mm512_fmadd_ps(high, x.1, _mm512_fmadd_ps(low, x.0, *sum));
+                    *sum = _mm512_fmadd_ps(high, x[1], _mm512_fmadd_ps(low, x[0], *sum));
                 }
             }
         }
     }
     // SAFETY: the caller's promise.
     unsafe { add_to(sums, y, y_stride) }
+}
+
+/// Dot products of one weight row with `M` rows of X, two vectors at once: two chains of sums for each row of X.
+///
+/// # Safety
+/// Valid for reads: `M · depth` numbers from `x`, `depth` from `w`.
+#[target_feature(enable = "avx512f")]
+unsafe fn dots_of_f32<const M: usize>(x: *const f32, w: *const f32, depth: usize) -> [f32; M] {
+    let mut sums = [[_mm512_setzero_ps(); 2]; M];
+    let whole = depth / 32 * 32;
+    // SAFETY: the caller's promise; lanes beyond `depth` are masked. A prefetch may point anywhere.
+    unsafe {
+        for d in (0..whole).step_by(32) {
+            let ahead = w.add(d).cast::<i8>().wrapping_add(AHEAD);
+            _mm_prefetch::<_MM_HINT_T0>(ahead);
+            _mm_prefetch::<_MM_HINT_T0>(ahead.wrapping_add(64));
+            let ws = [_mm512_loadu_ps(w.add(d)), _mm512_loadu_ps(w.add(d + 16))];
+            for (m, sums) in sums.iter_mut().enumerate() {
+                for (half, sum) in sums.iter_mut().enumerate() {
+                    *sum = _mm512_fmadd_ps(_mm512_loadu_ps(x.add(m * depth + d + half * 16)), ws[half], *sum);
+                }
+            }
+        }
+        for d in (whole..depth).step_by(16) {
+            let mask = lanes_left(depth - d);
+            let w = _mm512_maskz_loadu_ps(mask, w.add(d));
+            for (m, sums) in sums.iter_mut().enumerate() {
+                sums[0] = _mm512_fmadd_ps(_mm512_maskz_loadu_ps(mask, x.add(m * depth + d)), w, sums[0]);
+            }
+        }
+    }
+    sums.map(|[a, b]| _mm512_reduce_add_ps(_mm512_add_ps(a, b)))
+}
+
+/// A mask of the first `left` lanes of 16.
+fn lanes_left(left: usize) -> u16 {
+    if left >= 16 { u16::MAX } else { (1 << left) - 1 }
+}
+
+/// A mask of the first `left` lanes of 32.
+fn short_lanes_left(left: usize) -> u32 {
+    if left >= 32 { u32::MAX } else { (1 << left) - 1 }
+}
+
+/// # Safety
+/// As [`dots_of_f32`].
+#[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+unsafe fn dots_of_bf16<const M: usize>(x: *const u16, w: *const u16, depth: usize) -> [f32; M] {
+    let mut sums = [[_mm512_setzero_ps(); 2]; M];
+    let whole = depth / 64 * 64;
+    // SAFETY: as in `dots_of_f32`; both vector types are 64 bytes without invalid values.
+    unsafe {
+        for d in (0..whole).step_by(64) {
+            let ahead = w.add(d).cast::<i8>().wrapping_add(AHEAD);
+            _mm_prefetch::<_MM_HINT_T0>(ahead);
+            _mm_prefetch::<_MM_HINT_T0>(ahead.wrapping_add(64));
+            let ws = [_mm512_loadu_si512(w.add(d).cast()), _mm512_loadu_si512(w.add(d + 32).cast())];
+            for (m, sums) in sums.iter_mut().enumerate() {
+                for (half, sum) in sums.iter_mut().enumerate() {
+                    let x = _mm512_loadu_si512(x.add(m * depth + d + half * 32).cast());
+                    *sum = _mm512_dpbf16_ps(*sum, as_bf16(x), as_bf16(ws[half]));
+                }
+            }
+        }
+        for d in (whole..depth).step_by(32) {
+            let mask = short_lanes_left(depth - d);
+            let w = as_bf16(_mm512_maskz_loadu_epi16(mask, w.add(d).cast()));
+            for (m, sums) in sums.iter_mut().enumerate() {
+                let x = _mm512_maskz_loadu_epi16(mask, x.add(m * depth + d).cast());
+                sums[0] = _mm512_dpbf16_ps(sums[0], as_bf16(x), w);
+            }
+        }
+    }
+    sums.map(|[a, b]| _mm512_reduce_add_ps(_mm512_add_ps(a, b)))
+}
+
+/// Without the instruction for pairs of bf16: even and odd numbers widened apart.
+///
+/// # Safety
+/// As [`dots_of_f32`].
+#[target_feature(enable = "avx512f,avx512bw")]
+unsafe fn dots_of_widened<const M: usize>(x: *const u16, w: *const u16, depth: usize) -> [f32; M] {
+    let mut sums = [[_mm512_setzero_ps(); 2]; M];
+    for d in (0..depth).step_by(32) {
+        let mask = short_lanes_left(depth - d);
+        // SAFETY: the caller's promise; lanes beyond `depth` are masked. A prefetch may point anywhere.
+        unsafe {
+            _mm_prefetch::<_MM_HINT_T0>(w.add(d).cast::<i8>().wrapping_add(AHEAD));
+            let w = halves(_mm512_maskz_loadu_epi16(mask, w.add(d).cast()));
+            for (m, sums) in sums.iter_mut().enumerate() {
+                let x = halves(_mm512_maskz_loadu_epi16(mask, x.add(m * depth + d).cast()));
+                for (half, sum) in sums.iter_mut().enumerate() {
+                    *sum = _mm512_fmadd_ps(x[half], w[half], *sum);
+                }
+            }
+        }
+    }
+    sums.map(|[a, b]| _mm512_reduce_add_ps(_mm512_add_ps(a, b)))
+}
+
+/// The even and the odd ones of 32 bf16 numbers.
+#[target_feature(enable = "avx512f")]
+fn halves(bits: __m512i) -> [__m512; 2] {
+    let high = _mm512_set1_epi32(0xffff_0000u32 as i32);
+    [_mm512_castsi512_ps(_mm512_slli_epi32::<16>(bits)), _mm512_castsi512_ps(_mm512_and_si512(bits, high))]
+}
+
+#[target_feature(enable = "avx512f")]
+fn as_bf16(bits: __m512i) -> __m512bh {
+    // SAFETY: both are 64 bytes, and every pattern of bits is a value of either.
+    unsafe { core::mem::transmute(bits) }
 }

@@ -38,7 +38,16 @@ pub(crate) struct Panel<'a, T> {
 /// `yt[row, m] += Σ_d panel(row, d) · tiles(m, first + d)` with `yt: [rows, num_tiles · lanes]`; sums in f32.
 pub(crate) type BlockFn<T> = fn(&Tiles<'_, T>, &Panel<'_, T>, &mut [f32]);
 
+/// Dot products of each row of `w` (`[n, depth]`) with each row of `x` (`[m, depth]`, `m` at most [`MAX_DOTS`]), into `out: [n, m]`.
+pub(crate) type DotsFn<T> = fn(x: &[T], w: &[T], depth: usize, out: &mut [f32]);
+
+/// Rows of X that [`DotsFn`] takes: as many as have accumulators for one pass over a weight row.
+pub(crate) const MAX_DOTS: usize = 4;
+
 pub(crate) struct Kernels {
+    pub(crate) dots_f32: DotsFn<f32>,
+    /// Elements are the bits of bf16 numbers.
+    pub(crate) dots_bf16: DotsFn<u16>,
     /// Rows of X in a tile.
     pub(crate) lanes: usize,
     pub(crate) block_f32: BlockFn<f32>,
@@ -69,6 +78,50 @@ fn check_block<T>(lanes: usize, tiles: &Tiles<'_, T>, panel: &Panel<'_, T>, yt: 
         let last = (panel.rows - 1) * panel.row_stride + (panel.depth - 1) * panel.depth_stride;
         assert!(last < panel.data.len(), "the panel holds its last element");
     }
+}
+
+/// The number of rows of `x`. Panics unless every element that [`DotsFn`] reads or writes is there.
+fn check_dots<T>(x: &[T], w: &[T], depth: usize, out: &[f32]) -> usize {
+    let num_x = x.len().checked_div(depth).unwrap_or(0);
+    assert!((1..=MAX_DOTS).contains(&num_x) && x.len() == num_x * depth, "x has between 1 and {MAX_DOTS} rows");
+    assert_eq!(out.len() % num_x, 0, "one output for each pair of rows");
+    assert_eq!(w.len(), out.len() / num_x * depth, "w has a row for each row of outputs");
+    num_x
+}
+
+/// Makes a [`DotsFn`] from `$row::<M>(x, w, depth) -> [f32; M]`, the dot products of one weight row.
+macro_rules! dots_function {
+    ($name:ident, $inner:ident, $features:literal, $type:ty, $row:ident) => {
+        fn $name(x: &[$type], w: &[$type], depth: usize, out: &mut [f32]) {
+            let num_x = check_dots(x, w, depth, out);
+            // SAFETY: handed out only by `kernels`, for an instruction set that `Exec` has checked; `check_dots` has seen to the lengths.
+            unsafe {
+                match num_x {
+                    1 => $inner::<1>(x, w, depth, out),
+                    2 => $inner::<2>(x, w, depth, out),
+                    3 => $inner::<3>(x, w, depth, out),
+                    _ => $inner::<4>(x, w, depth, out),
+                }
+            }
+        }
+
+        /// # Safety
+        /// `x` holds `M` rows of `depth`, `w` a row of `depth` for each `M` of `out`.
+        #[target_feature(enable = $features)]
+        unsafe fn $inner<const M: usize>(x: &[$type], w: &[$type], depth: usize, out: &mut [f32]) {
+            for (row, out) in out.chunks_exact_mut(M).enumerate() {
+                // SAFETY: the caller's promise: row `row` of `w` is there, and `M` rows of `x`.
+                let sums = unsafe { $row::<M>(x.as_ptr(), w.as_ptr().add(row * depth), depth) };
+                out.copy_from_slice(&sums);
+            }
+        }
+    };
+}
+use dots_function;
+
+/// The number whose bf16 bits these are.
+fn widen(bits: u16) -> f32 {
+    f32::from_bits(u32::from(bits) << 16)
 }
 
 /// The two numbers of a pair, as f32: low half first.
@@ -144,6 +197,38 @@ mod tests {
     fn pairs(numbers: &[f32]) -> Vec<u32> {
         let half = |value: f32| u32::from(Bf16::from_f32(value).0);
         numbers.chunks(2).map(|two| half(two[0]) | half(two[1]) << 16).collect()
+    }
+
+    #[test]
+    fn every_dot_product_agrees_with_f64() {
+        for isa in Isa::available() {
+            let kernels = kernels(isa);
+            for num_x in 1..=MAX_DOTS {
+                for depth in (1..140).chain([576, 1023, 1536]) {
+                    let rows = 3;
+                    let (x, w) = (numbers(num_x * depth, 1), numbers(rows * depth, 2));
+                    let mut y = vec![f32::NAN; rows * num_x];
+                    (kernels.dots_f32)(&x, &w, depth, &mut y);
+                    let half = |values: &[f32]| values.iter().map(|v| Bf16::from_f32(*v).0).collect::<Vec<u16>>();
+                    let (xh, wh) = (half(&x), half(&w));
+                    let mut yh = vec![f32::NAN; rows * num_x];
+                    (kernels.dots_bf16)(&xh, &wh, depth, &mut yh);
+                    for row in 0..rows {
+                        for m in 0..num_x {
+                            let sum = |at: &dyn Fn(usize) -> (f32, f32)| -> f64 {
+                                (0..depth).map(at).map(|(a, b)| f64::from(a) * f64::from(b)).sum()
+                            };
+                            let exact = sum(&|d| (x[m * depth + d], w[row * depth + d]));
+                            let got = f64::from(y[row * num_x + m]);
+                            assert!((got - exact).abs() < 3e-5, "{isa} depth {depth}: {got} is not {exact}");
+                            let exact = sum(&|d| (widen(xh[m * depth + d]), widen(wh[row * depth + d])));
+                            let got = f64::from(yh[row * num_x + m]);
+                            assert!((got - exact).abs() < 3e-5, "{isa} bf16 depth {depth}: {got} is not {exact}");
+                        }
+                    }
+                }
+            }
+        }
     }
 
     #[test]
