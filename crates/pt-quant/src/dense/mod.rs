@@ -184,12 +184,18 @@ fn gemm<T: Element>(
                 Panel { data, rows: rows.len(), row_stride, depth_stride, first: depths.start, depth: depths.len() };
             (kernels.block_f32)(&tiles, &panel, yt);
         });
-    } else {
+    } else if let Some(w) = T::as_bf16_bits(w) {
         let tiles = pack::tiles_bf16(x, shape, kernels.lanes, tiles_bf16, exec);
+        let pairs = dense::as_pairs(w).filter(|_| shape.depth % 2 == 0);
         run_blocks(kernels, (y, shape, output), slots, exec, |rows, depths, yt, _, panel| {
-            let panel = match layout {
-                Layout::RowsAreColumns => pack::panel_of_rows(w, shape.depth, rows, depths, panel),
-                Layout::RowsAreDepth => pack::panel_of_columns(w, shape.columns, rows, depths, panel),
+            let panel = match (layout, pairs) {
+                (Layout::RowsAreColumns, Some(pairs)) => {
+                    let (row_stride, first, depth) = (shape.depth / 2, depths.start / 2, depths.len() / 2);
+                    let data = &pairs[rows.start * row_stride + first..];
+                    Panel { data, rows: rows.len(), row_stride, depth_stride: 1, first, depth }
+                }
+                (Layout::RowsAreColumns, None) => pack::panel_of_rows(w, shape.depth, rows, depths, panel),
+                (Layout::RowsAreDepth, _) => pack::panel_of_columns(w, shape.columns, rows, depths, panel),
             };
             (kernels.block_bf16)(&tiles, &panel, yt);
         });

@@ -66,13 +66,13 @@ fn tiles<'a, T: Copy + Default + Send>(
 
 /// The bits of two numbers, the second of which may be missing.
 fn pair<T: Element>(low: T, high: Option<T>) -> u32 {
-    let bits = |value: T| u32::from(Bf16::from_f32(value.to_f32()).0);
-    bits(low) | high.map_or(0, bits) << 16
+    let bits = |value: T| Bf16::from_f32(value.to_f32()).0;
+    pair_of_bits(bits(low), high.map_or(0, bits))
 }
 
-/// A panel of W, `[columns, depth]`: pairs along a row lie side by side already.
-pub(crate) fn panel_of_rows<'a, T: Element>(
-    w: &[T],
+/// A panel of W, `[columns, depth]`, of rows whose pairs do not lie ready.
+pub(crate) fn panel_of_rows<'a>(
+    w: &[u16],
     depth: usize,
     rows: Range<usize>,
     depths: Range<usize>,
@@ -81,21 +81,16 @@ pub(crate) fn panel_of_rows<'a, T: Element>(
     let (num_rows, len) = (rows.len(), depths.len().div_ceil(2));
     let data = grown(buffer, num_rows * len);
     for (row, out) in rows.zip(data.chunks_exact_mut(len)) {
-        let row = &w[row * depth..][depths.clone()];
-        let pairs = row.chunks_exact(2);
-        if let [last] = pairs.remainder() {
-            out[len - 1] = pair(*last, None);
-        }
-        for (out, two) in out.iter_mut().zip(pairs) {
-            *out = pair_of_bf16(two[0], two[1]);
+        for (out, two) in out.iter_mut().zip(w[row * depth..][depths.clone()].chunks(2)) {
+            *out = pair_of_bits(two[0], two.get(1).copied().unwrap_or(0));
         }
     }
     Panel { data, rows: num_rows, row_stride: len, depth_stride: 1, first: depths.start / 2, depth: len }
 }
 
 /// A panel of W, `[depth, columns]`: a pair takes one number from each of two rows.
-pub(crate) fn panel_of_columns<'a, T: Element>(
-    w: &[T],
+pub(crate) fn panel_of_columns<'a>(
+    w: &[u16],
     columns: usize,
     rows: Range<usize>,
     depths: Range<usize>,
@@ -109,18 +104,17 @@ pub(crate) fn panel_of_columns<'a, T: Element>(
         if at + 1 < depths.end {
             let high = &w[(at + 1) * columns..][rows.clone()];
             for (out, (low, high)) in out.iter_mut().zip(low.iter().zip(high)) {
-                *out = pair_of_bf16(*low, *high);
+                *out = pair_of_bits(*low, *high);
             }
         } else {
             for (out, low) in out.iter_mut().zip(low) {
-                *out = pair(*low, None);
+                *out = pair_of_bits(*low, 0);
             }
         }
     }
     Panel { data, rows: num_rows, row_stride: 1, depth_stride: num_rows, first: depths.start / 2, depth: len }
 }
 
-/// As [`pair`], for numbers that are bf16: their bits are the upper half of the f32, so no rounding is needed.
-fn pair_of_bf16<T: Element>(low: T, high: T) -> u32 {
-    low.to_f32().to_bits() >> 16 | high.to_f32().to_bits() & 0xffff_0000
+fn pair_of_bits(low: u16, high: u16) -> u32 {
+    u32::from(low) | u32::from(high) << 16
 }

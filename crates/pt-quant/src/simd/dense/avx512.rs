@@ -59,6 +59,23 @@ unsafe fn add_to<const ROWS: usize, const VECTORS: usize>(
     }
 }
 
+/// With few rows of X, weights are used once and come from memory: while a line of each row is in use, asks for the line of the row
+/// that the next block has in its place.
+#[target_feature(enable = "avx512f")]
+fn prefetch_next<const ROWS: usize, const VECTORS: usize, W>(
+    w: *const W,
+    d: usize,
+    row_stride: usize,
+    depth_stride: usize,
+) {
+    if VECTORS == 1 && d.is_multiple_of(16) {
+        for row in ROWS..2 * ROWS {
+            // A prefetch may point anywhere.
+            _mm_prefetch::<_MM_HINT_T0>(w.wrapping_add(row * row_stride + d * depth_stride).cast());
+        }
+    }
+}
+
 /// # Safety
 /// Valid for reads: `depth` vectors of 16 from `x`, and `VECTORS` such runs `x_stride` apart; `w + row · row_stride + d · depth_stride` for
 /// all rows and depths. Valid for writes: as in [`add_to`].
@@ -76,6 +93,7 @@ unsafe fn tile_f32<const ROWS: usize, const VECTORS: usize>(
 ) {
     let mut sums = [[_mm512_setzero_ps(); VECTORS]; ROWS];
     for d in 0..depth {
+        prefetch_next::<ROWS, VECTORS, _>(w, d, row_stride, depth_stride);
         // SAFETY: the caller's promise.
         unsafe {
             let mut xs = [_mm512_setzero_ps(); VECTORS];
@@ -110,6 +128,7 @@ unsafe fn tile_bf16<const ROWS: usize, const VECTORS: usize>(
 ) {
     let mut sums = [[_mm512_setzero_ps(); VECTORS]; ROWS];
     for d in 0..depth {
+        prefetch_next::<ROWS, VECTORS, _>(w, d, row_stride, depth_stride);
         // SAFETY: the caller's promise.
         unsafe {
             let mut xs = [_mm512_set1_epi32(0); VECTORS];

@@ -124,6 +124,18 @@ fn widen(bits: u16) -> f32 {
     f32::from_bits(u32::from(bits) << 16)
 }
 
+/// bf16 numbers as pairs, where they are aligned so that no pair is cut.
+pub(crate) fn as_pairs(bits: &[u16]) -> Option<&[u32]> {
+    if cfg!(target_endian = "big") {
+        return None;
+    }
+    // SAFETY: any two `u16` side by side make a `u32`.
+    match unsafe { bits.align_to::<u32>() } {
+        ([], pairs, []) => Some(pairs),
+        _ => None,
+    }
+}
+
 /// The two numbers of a pair, as f32: low half first.
 fn pair(bits: u32) -> (f32, f32) {
     (f32::from_bits(bits << 16), f32::from_bits(bits & 0xffff_0000))
