@@ -7,17 +7,24 @@ extern crate alloc;
 mod block4;
 mod codebook;
 pub mod dense;
+mod dynamic8;
 mod element;
 mod error;
 mod exec;
 mod isa;
+mod product;
 mod simd;
 
-pub use block4::{Absmax, AbsmaxBuf, Block4, Block4Ref, BlockSize, NestedAbsmax, NestedAbsmaxBuf, packed_len};
+pub use block4::{
+    Absmax, AbsmaxBuf, Block4, Block4Ref, BlockSize, NestedAbsmax, NestedAbsmaxBuf, STREAM_BYTES, Stores, packed_len,
+    quantize_into,
+};
 pub use codebook::Codebook;
+pub use dynamic8::DynamicMap;
 pub use element::{Bf16, Element, F16};
 pub use error::QuantError;
 #[cfg(feature = "rayon")]
 pub use exec::Rayon;
 pub use exec::{Exec, Inline, Pool};
 pub use isa::Isa;
+pub use product::{Arithmetic, Block4Matrix, ProductOptions, ScaleFormat};

@@ -2,7 +2,7 @@
 //!
 //! The 4-bit products stand on the same block kernels. They are public because a plain, libtorch-free product is of use by itself.
 
-mod pack;
+pub(crate) mod pack;
 
 use alloc::string::ToString;
 use alloc::vec::Vec;
@@ -50,6 +50,7 @@ pub struct Workspace {
     pub(crate) tiles_f32: Vec<f32>,
     pub(crate) tiles_bf16: Vec<u32>,
     pub(crate) slots: Vec<Slot>,
+    pub(crate) product: crate::product::Scratch,
 }
 
 /// What one thread needs.
@@ -59,6 +60,7 @@ pub(crate) struct Slot {
     pub(crate) yt: Vec<f32>,
     pub(crate) panel_f32: Vec<f32>,
     pub(crate) panel_bf16: Vec<u32>,
+    pub(crate) product: crate::product::SlotScratch,
 }
 
 impl Workspace {
@@ -164,7 +166,7 @@ fn gemm<T: Element>(
     }
     workspace.reserve_slots(exec);
     let kernels = dense::kernels(exec.isa());
-    let Workspace { tiles_f32, tiles_bf16, slots } = workspace;
+    let Workspace { tiles_f32, tiles_bf16, slots, .. } = workspace;
     let are_rows_few = (1..=dense::MAX_DOTS).contains(&shape.rows) && shape.depth > 0;
     if are_rows_few && matches!(layout, Layout::RowsAreColumns) {
         if let (Some(x), Some(w)) = (T::as_f32(x), T::as_f32(w)) {
@@ -236,7 +238,7 @@ pub(crate) fn run_blocks(
     let block_rows = BLOCK_ROWS.min(shape.columns.div_ceil(exec.num_threads()).next_multiple_of(12));
     exec.for_each_columns((y, shape.columns), block_rows, slots, |first, mut block, slot| {
         let rows = first..first + block.len();
-        let Slot { yt, panel_f32, panel_bf16 } = slot;
+        let Slot { yt, panel_f32, panel_bf16, .. } = slot;
         let yt = grown(yt, rows.len() * padded_rows);
         yt.fill(0.0);
         let mut start = 0;

@@ -1,0 +1,341 @@
+//! y = x · Wᵀ.
+
+use alloc::vec::Vec;
+use core::ops::Range;
+
+use super::matrix::{Block4Matrix, Storage, Tiled};
+use super::{Scratch, SlotScratch, as_bf16_bits, as_f32, grown_with};
+use crate::dense::{BLOCK_DEPTH, BLOCK_ROWS, GemmShape, Output, Slot, Workspace, grown, pack};
+use crate::error::check_len;
+use crate::exec::Columns;
+use crate::simd::dense::{self, Panel};
+use crate::simd::product::{self, GROUP, Int8Group, Int8Rows, Kernels, Rows, TILE_ROWS};
+use crate::{Block4Ref, Element, Exec, QuantError};
+
+/// In which numbers a product is computed. Sums are in f32 in all of them.
+///
+/// With u = 2^-24, K the length of a row and w = code · absmax in f32, as dequantizing gives it, an output y is within these
+/// bounds of the exact sum over its row:
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Arithmetic {
+    /// Activations and weights in f32: |y - Σ w·x| ≤ 2(K + 2)·u·Σ|w·x|.
+    #[default]
+    F32,
+    /// Activations and weights rounded to bf16, as if dequantized to it: with those, |y - Σ w·x| ≤ 2(K + 2)·u·Σ|w·x|. With
+    /// [`Isa::Avx512Bf16`](crate::Isa::Avx512Bf16) numbers under 2^-126 count as zero.
+    Bf16,
+    /// Activations as integers from -127 to 127 with a scale for each 64, codes as integers of the same range: W4A8. Each group of 64 adds at
+    /// most absmax·(e·Σ|x| + 64·(c + e)·s/2) to the error, with s = max|x| / 127 of the group, c the largest magnitude of the codebook
+    /// and e the largest error of its integers (NF4: under 0.0045); sums are exact within a group. Weights, not activations, may be in any range. A group of
+    /// activations that are not all finite gives NaN. A matrix that is not [tiled](Block4Matrix::is_tiled) is computed in f32.
+    Int8,
+}
+
+/// How a product is computed, and what becomes of its result.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct ProductOptions<'a> {
+    /// In which numbers.
+    pub arithmetic: Arithmetic,
+    /// Added to every row of the result: `[out_features]`. The backward product has none.
+    pub bias: Option<&'a [f32]>,
+    /// Replaces what is in the output, or adds to it.
+    pub output: Output,
+}
+
+/// Activations as the kernels of one arithmetic want them: `[rows, in_features]`.
+#[derive(Clone, Copy)]
+enum Activations<'a> {
+    F32(&'a [f32], bool),
+    Bf16(&'a [u16]),
+    Int8(&'a [Int8Group], &'a [f32]),
+}
+
+/// Writes sums to outputs: adds the bias, rounds to the output's format.
+struct Store<'a> {
+    bias: Option<&'a [f32]>,
+    output: Output,
+}
+
+impl Store<'_> {
+    /// One row of a block of columns that starts at `first`.
+    fn row<Y: Element>(&self, first: usize, y: &mut [Y], sums: impl Iterator<Item = f32>) {
+        let bias = |index: usize| self.bias.map_or(0.0, |bias| bias[first + index]);
+        match (self.output, self.bias) {
+            (Output::Replace, None) => y.iter_mut().zip(sums).for_each(|(y, sum)| *y = Y::from_f32(sum)),
+            (Output::Replace, Some(_)) => {
+                y.iter_mut().zip(sums).enumerate().for_each(|(index, (y, sum))| *y = Y::from_f32(sum + bias(index)));
+            }
+            (Output::Add, _) => {
+                y.iter_mut()
+                    .zip(sums)
+                    .enumerate()
+                    .for_each(|(index, (y, sum))| *y = Y::from_f32(y.to_f32() + (sum + bias(index))));
+            }
+        }
+    }
+}
+
+impl Block4Matrix {
+    /// `y = x · Wᵀ + bias`: the linear layer.
+    ///
+    /// # Shapes
+    /// - `x`: `[rows, in_features]`, `y`: `[rows, out_features]`, row-major; f32, bf16 or f16. What [`Arithmetic`] asks for is made of `x` on the way, and
+    ///   `y` is the f32 sum rounded to its format.
+    ///
+    /// The result depends on the instruction set, but not on the threads. Scratch comes from `workspace` and is kept there; it is a copy of `x`
+    /// where its format must change, and under 1 MiB a thread for up to 4096 rows.
+    ///
+    /// # Errors
+    /// [`QuantError::Length`] when a buffer has another length, [`QuantError::Overflow`] for a shape that no memory holds.
+    pub fn forward<X: Element, Y: Element>(
+        &self,
+        x: &[X],
+        y: &mut [Y],
+        rows: usize,
+        options: &ProductOptions<'_>,
+        workspace: &mut Workspace,
+        exec: &Exec<'_>,
+    ) -> Result<(), QuantError> {
+        let area = |a: usize, b: usize| a.checked_mul(b).ok_or(QuantError::Overflow { what: "rows" });
+        check_len("x", x.len(), area(rows, self.in_features())?)?;
+        check_len("y", y.len(), area(rows, self.out_features())?)?;
+        if let Some(bias) = options.bias {
+            check_len("bias", bias.len(), self.out_features())?;
+        }
+        workspace.reserve_slots(exec);
+        let kernels = product::kernels(exec.isa());
+        let store = Store { bias: options.bias, output: options.output };
+        let shape = GemmShape { rows, columns: self.out_features(), depth: self.in_features() };
+        let [panel_rows_f32, panel_rows_bf16] = kernels.panel_rows;
+        let is_bf16 = options.arithmetic == Arithmetic::Bf16;
+        match self.storage() {
+            Storage::Flat(block4) => {
+                let weights = block4.as_ref();
+                let panel = |kind| FlatPanel { weights, depth: shape.depth, kind };
+                panels(&panel(is_bf16), x, (y, shape, store), workspace, exec);
+            }
+            Storage::Tiled(tiled)
+                if options.arithmetic != Arithmetic::Int8
+                    && rows >= if is_bf16 { panel_rows_bf16 } else { panel_rows_f32 } =>
+            {
+                let panel = TiledPanel { matrix: self, tiled, kernels, is_bf16 };
+                panels(&panel, x, (y, shape, store), workspace, exec);
+            }
+            Storage::Tiled(tiled) => {
+                let Workspace { product, slots, .. } = workspace;
+                let x = activations(x, options.arithmetic, kernels, product, exec);
+                self.lookup(tiled, x, (y, shape, store), slots, exec);
+            }
+        }
+        Ok(())
+    }
+
+    /// Few rows: each code is looked up where it is multiplied.
+    fn lookup<Y: Element>(
+        &self,
+        tiled: &Tiled,
+        x: Activations<'_>,
+        (y, shape, store): (&mut [Y], GemmShape, Store<'_>),
+        slots: &mut [Slot],
+        exec: &Exec<'_>,
+    ) {
+        let kernels = product::kernels(exec.isa());
+        let GemmShape { rows, columns, depth } = shape;
+        let groups = tiled.groups_per_row();
+        // Large enough that handing out a block costs little, small enough that threads end together and that the codes stay in the L2 cache.
+        let block_len = (columns / (6 * exec.num_threads())).clamp(16, 64).next_multiple_of(TILE_ROWS);
+        exec.for_each_columns((y, columns), block_len, slots, |first, mut block, slot| {
+            let SlotScratch { sums, scales, scaled, .. } = &mut slot.product;
+            let tiles = tiled.tiles(first..first + block.len(), 0..groups, scales);
+            for start in (0..rows).step_by(kernels.max_rows) {
+                let taken = kernels.max_rows.min(rows - start);
+                let sums = grown(sums, tiles.num_tiles() * taken);
+                match x {
+                    Activations::F32(x, round) => {
+                        let x = Rows { data: &x[start * depth..(start + taken) * depth], rows: taken, stride: depth };
+                        (kernels.forward_f32)(&tiles, &self.table(round), &x, sums);
+                    }
+                    Activations::Bf16(x) => {
+                        let x = Rows { data: &x[start * depth..(start + taken) * depth], rows: taken, stride: depth };
+                        if let Some(forward_bf16) = kernels.forward_bf16 {
+                            forward_bf16(&tiles, &self.table(true), &x, sums);
+                        }
+                    }
+                    Activations::Int8(x, x_scales) => {
+                        let range = start * groups..(start + taken) * groups;
+                        let x = Int8Rows { groups: &x[range.clone()], scales: &x_scales[range], rows: taken };
+                        let scaled = grown(scaled, taken * groups);
+                        (kernels.forward_int8)(&tiles, self.int8(), &x, sums, scaled);
+                    }
+                }
+                for m in 0..taken {
+                    let sums = sums[m..].iter().step_by(taken).flatten().copied();
+                    store.row(first, block.row(start + m), sums);
+                }
+            }
+        });
+    }
+}
+
+fn activations<'a, X: Element>(
+    x: &'a [X],
+    arithmetic: Arithmetic,
+    kernels: &Kernels,
+    scratch: &'a mut Scratch,
+    exec: &Exec<'_>,
+) -> Activations<'a> {
+    match arithmetic {
+        Arithmetic::F32 => Activations::F32(as_f32(x, &mut scratch.x_f32, false), false),
+        Arithmetic::Bf16 if kernels.forward_bf16.is_some() => Activations::Bf16(as_bf16_bits(x, &mut scratch.x_bf16)),
+        Arithmetic::Bf16 => Activations::F32(as_f32(x, &mut scratch.x_f32, true), true),
+        Arithmetic::Int8 => {
+            let groups = x.len() / GROUP;
+            let codes = grown_with(&mut scratch.x_int8, groups, Int8Group::ZERO);
+            let scales = grown(&mut scratch.x_scales, groups);
+            exec.for_each_chunk_pair((codes, GROUP), (scales, GROUP), |index, codes, scales| {
+                let x = x[index * GROUP * GROUP..].chunks_exact(GROUP);
+                for ((x, codes), scale) in x.zip(codes).zip(scales) {
+                    let mut numbers = [0f32; GROUP];
+                    numbers.iter_mut().zip(x).for_each(|(number, x)| *number = x.to_f32());
+                    *scale = (kernels.quantize)(&numbers, codes);
+                }
+            });
+            Activations::Int8(&scratch.x_int8[..groups], &scratch.x_scales[..groups])
+        }
+    }
+}
+
+/// Where the weights of many rows' products come from, a panel at a time.
+trait PanelSource: Sync {
+    fn is_bf16(&self) -> bool;
+
+    /// The weights of some rows and columns, `[rows (rounded up to whole tiles), columns]`, in f32.
+    fn decode_f32(&self, rows: Range<usize>, columns: Range<usize>, slot: &mut SlotScratch, out: &mut Vec<f32>);
+
+    /// As `decode_f32` in bf16, two weights of a row in an element, the last alone with zero if their number is odd.
+    fn decode_bf16(&self, rows: Range<usize>, columns: Range<usize>, slot: &mut SlotScratch, out: &mut Vec<u32>);
+}
+
+struct TiledPanel<'a> {
+    matrix: &'a Block4Matrix,
+    tiled: &'a Tiled,
+    kernels: &'static Kernels,
+    is_bf16: bool,
+}
+
+impl PanelSource for TiledPanel<'_> {
+    fn is_bf16(&self) -> bool {
+        self.is_bf16
+    }
+
+    fn decode_f32(&self, rows: Range<usize>, columns: Range<usize>, slot: &mut SlotScratch, out: &mut Vec<f32>) {
+        let tiles = self.tiled.tiles(rows, columns.start / GROUP..columns.end / GROUP, &mut slot.scales);
+        let out = grown(out, tiles.num_tiles() * TILE_ROWS * columns.len());
+        (self.kernels.panel_f32)(&tiles, &self.matrix.table(false), out);
+    }
+
+    fn decode_bf16(&self, rows: Range<usize>, columns: Range<usize>, slot: &mut SlotScratch, out: &mut Vec<u32>) {
+        let tiles = self.tiled.tiles(rows, columns.start / GROUP..columns.end / GROUP, &mut slot.scales);
+        let out = grown(out, tiles.num_tiles() * TILE_ROWS * columns.len() / 2);
+        (self.kernels.panel_bf16)(&tiles, &self.matrix.table(true), out);
+    }
+}
+
+struct FlatPanel<'a> {
+    weights: Block4Ref<'a>,
+    depth: usize,
+    kind: bool,
+}
+
+impl PanelSource for FlatPanel<'_> {
+    fn is_bf16(&self) -> bool {
+        self.kind
+    }
+
+    fn decode_f32(&self, rows: Range<usize>, columns: Range<usize>, _: &mut SlotScratch, out: &mut Vec<f32>) {
+        let out = grown(out, rows.len() * columns.len());
+        for (row, out) in rows.zip(out.chunks_exact_mut(columns.len())) {
+            decode_flat(&self.weights, row * self.depth + columns.start, out);
+        }
+    }
+
+    fn decode_bf16(&self, rows: Range<usize>, columns: Range<usize>, _: &mut SlotScratch, out: &mut Vec<u32>) {
+        let len = columns.len().div_ceil(2);
+        let out = grown(out, rows.len() * len);
+        let mut weights = [0f32; BLOCK_DEPTH];
+        let weights = &mut weights[..columns.len()];
+        for (row, out) in rows.zip(out.chunks_exact_mut(len)) {
+            decode_flat(&self.weights, row * self.depth + columns.start, weights);
+            let bits = |value: f32| u32::from(crate::Bf16::from_f32(value).0);
+            for (out, pair) in out.iter_mut().zip(weights.chunks(2)) {
+                *out = bits(pair[0]) | pair.get(1).map_or(0, |high| bits(*high) << 16);
+            }
+        }
+    }
+}
+
+/// The weights from `start` on.
+pub(super) fn decode_flat(weights: &Block4Ref<'_>, start: usize, out: &mut [f32]) {
+    let (values, packed, block_size) = (weights.codebook().values(), weights.packed(), weights.block_size().get());
+    let mut done = 0;
+    while done < out.len() {
+        let first = start + done;
+        let absmax = weights.absmax().get(first / block_size).unwrap_or(0.0);
+        let len = (block_size - first % block_size).min(out.len() - done);
+        for (offset, out) in out[done..done + len].iter_mut().enumerate() {
+            let index = first + offset;
+            *out = values[usize::from(packed[index / 2] >> (4 * (1 - index % 2)) & 15)] * absmax;
+        }
+        done += len;
+    }
+}
+
+/// Many rows: panels of weights are decoded to the L1 cache and multiplied by the dense kernels.
+fn panels<X: Element, Y: Element>(
+    source: &impl PanelSource,
+    x: &[X],
+    (y, shape, store): (&mut [Y], GemmShape, Store<'_>),
+    workspace: &mut Workspace,
+    exec: &Exec<'_>,
+) {
+    let kernels = dense::kernels(exec.isa());
+    let padded_rows = shape.rows.next_multiple_of(kernels.lanes);
+    let Workspace { tiles_f32, tiles_bf16, slots, .. } = workspace;
+    // Small products are cut finer, so that every thread gets a part; a multiple of the rows of a tile.
+    let block_rows = BLOCK_ROWS.min(shape.columns.div_ceil(exec.num_threads()).next_multiple_of(12));
+    let each =
+        |slots: &mut [Slot], y: &mut [Y], add: &(dyn Fn(Range<usize>, Range<usize>, &mut Slot, &mut [f32]) + Sync)| {
+            exec.for_each_columns((y, shape.columns), block_rows, slots, |first, mut block: Columns<'_, Y>, slot| {
+                let rows = first..first + block.len();
+                let mut yt = core::mem::take(&mut slot.yt);
+                let sums = grown(&mut yt, rows.len() * padded_rows);
+                sums.fill(0.0);
+                for start in (0..shape.depth).step_by(BLOCK_DEPTH) {
+                    add(rows.clone(), start..shape.depth.min(start + BLOCK_DEPTH), slot, sums);
+                }
+                for m in 0..block.num_rows() {
+                    store.row(first, block.row(m), sums[m..].iter().step_by(padded_rows).copied());
+                }
+                slot.yt = yt;
+            });
+        };
+    if source.is_bf16() {
+        let tiles = pack::tiles_bf16(x, shape, kernels.lanes, tiles_bf16, exec);
+        each(slots, y, &|rows, depths, slot, yt| {
+            let (len, first) = (depths.len().div_ceil(2), depths.start / 2);
+            source.decode_bf16(rows.clone(), depths, &mut slot.product, &mut slot.panel_bf16);
+            let data = &slot.panel_bf16;
+            let panel = Panel { data, rows: rows.len(), row_stride: len, depth_stride: 1, first, depth: len };
+            (kernels.block_bf16)(&tiles, &panel, yt);
+        });
+    } else {
+        let tiles = pack::tiles_f32(x, shape, kernels.lanes, tiles_f32, exec);
+        each(slots, y, &|rows, depths, slot, yt| {
+            let (len, first) = (depths.len(), depths.start);
+            source.decode_f32(rows.clone(), depths, &mut slot.product, &mut slot.panel_f32);
+            let data = &slot.panel_f32;
+            let panel = Panel { data, rows: rows.len(), row_stride: len, depth_stride: 1, first, depth: len };
+            (kernels.block_f32)(&tiles, &panel, yt);
+        });
+    }
+}

@@ -1,0 +1,72 @@
+//! Products with 4-bit matrices: [`Block4Matrix`] holds one in the order that the kernels read, and multiplies it.
+
+mod backward;
+mod forward;
+mod matrix;
+#[cfg(test)]
+mod tests;
+
+use alloc::vec::Vec;
+
+pub use forward::{Arithmetic, ProductOptions};
+pub use matrix::{Block4Matrix, ScaleFormat};
+
+use crate::dense::grown;
+use crate::simd::product::{GROUP, Int8Group, TILE_ROWS};
+use crate::{Bf16, Element};
+
+/// What a call shares among its threads: activations as the kernels want them.
+#[derive(Debug, Default)]
+pub(crate) struct Scratch {
+    x_f32: Vec<f32>,
+    x_bf16: Vec<u16>,
+    x_int8: Vec<Int8Group>,
+    x_scales: Vec<f32>,
+}
+
+/// What one thread needs.
+#[derive(Debug, Default)]
+pub(crate) struct SlotScratch {
+    /// Outputs of some tiles.
+    sums: Vec<[f32; TILE_ROWS]>,
+    /// Scales of some tiles in f32.
+    scales: Vec<[f32; TILE_ROWS]>,
+    /// Scales of a tile times those of the activations.
+    scaled: Vec<[f32; TILE_ROWS]>,
+    /// Sums of the backward product.
+    columns: Vec<[f32; GROUP]>,
+    panel_f32: Vec<[f32; GROUP]>,
+    panel_pairs: Vec<[u32; GROUP]>,
+}
+
+/// The numbers as f32: the slice itself if it is that, else a copy.
+fn as_f32<'a, T: Element>(x: &'a [T], buffer: &'a mut Vec<f32>, round: bool) -> &'a [f32] {
+    if let (Some(x), false) = (T::as_f32(x), round) {
+        return x;
+    }
+    let copy = grown(buffer, x.len());
+    for (copy, x) in copy.iter_mut().zip(x) {
+        *copy = if round { Bf16::from_f32(x.to_f32()).to_f32() } else { x.to_f32() };
+    }
+    copy
+}
+
+/// The bits of the numbers in bf16: the slice itself if it is that, else a copy.
+fn as_bf16_bits<'a, T: Element>(x: &'a [T], buffer: &'a mut Vec<u16>) -> &'a [u16] {
+    if let Some(x) = T::as_bf16_bits(x) {
+        return x;
+    }
+    let copy = grown(buffer, x.len());
+    for (copy, x) in copy.iter_mut().zip(x) {
+        *copy = Bf16::from_f32(x.to_f32()).0;
+    }
+    copy
+}
+
+/// As [`grown`], for elements without a default.
+fn grown_with<T: Copy>(buffer: &mut Vec<T>, len: usize, filler: T) -> &mut [T] {
+    if buffer.len() < len {
+        buffer.resize(len, filler);
+    }
+    &mut buffer[..len]
+}

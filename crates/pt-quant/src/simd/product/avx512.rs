@@ -1,0 +1,589 @@
+//! Products with AVX-512.
+//!
+//! ```text
+//! for each group of 64 columns, for each of 4 rows: table[row] = 16 products code · absmax
+//!     for each vector of columns: z = zero-extend(codes)          one index a lane: the low half is row 0's code, the high half row 1's
+//!         acc[row 0] += permute(table[0], z) · x;  acc[row 1] += permute(table[1], z >> 4) · x
+//! ```
+//! The permutations read only the low bits of an index (4 of a double word; 5 of a word and 6 of a byte, for which the table is repeated), so
+//! nothing is masked. With bf16 the table is rounded once and the lookups give the very numbers that dequantizing gives. With integers
+//! a vector holds a whole group, the unsigned code's bias is taken off through what the sum starts from, and scales are applied once a group.
+//!
+//! Up to 4 rows of activations take 4 rows of the matrix (16 accumulators), more take 2: each code is looked up once for all of them.
+
+use core::arch::x86_64::*;
+
+use super::{
+    GROUP, Group, Int8Group, Int8Rows, Int8Table, Kernels, Rows, Sums, TILE_ROWS, Table, Tiles, check_backward,
+    check_forward, check_int8, check_panel, scalar,
+};
+
+const MAX_ROWS: usize = 8;
+
+pub(super) static KERNELS: Kernels = Kernels {
+    max_rows: MAX_ROWS,
+    panel_rows: [64; 2],
+    forward_f32,
+    forward_bf16: None,
+    forward_int8,
+    quantize,
+    panel_f32,
+    panel_bf16,
+    panel_row_pairs,
+    backward_f32,
+    backward_bf16: None,
+    tile_rows,
+    untile_rows,
+};
+
+pub(super) static KERNELS_BF16: Kernels =
+    Kernels { forward_bf16: Some(forward_bf16), backward_bf16: Some(backward_bf16), ..KERNELS };
+
+/// Calls `$function::<M, PAIRS, ..>` for the number of rows, which is 1 to 8: with 4 rows of a tile at once while that leaves registers.
+macro_rules! by_rows {
+    ($rows:expr, $function:ident $(, $constant:expr)*; $arguments:tt) => {
+        match $rows {
+            0 => {}
+            1 => $function::<1, 2 $(, $constant)*> $arguments,
+            2 => $function::<2, 2 $(, $constant)*> $arguments,
+            3 => $function::<3, 2 $(, $constant)*> $arguments,
+            4 => $function::<4, 2 $(, $constant)*> $arguments,
+            5 => $function::<5, 1 $(, $constant)*> $arguments,
+            6 => $function::<6, 1 $(, $constant)*> $arguments,
+            7 => $function::<7, 1 $(, $constant)*> $arguments,
+            8 => $function::<8, 1 $(, $constant)*> $arguments,
+            rows => unreachable!("{rows} rows"),
+        }
+    };
+}
+
+fn forward_f32(tiles: &Tiles<'_>, table: &Table, x: &Rows<'_, f32>, sums: &mut Sums) {
+    check_forward(tiles, x, sums, MAX_ROWS);
+    // SAFETY: handed out only by `kernels`, for an instruction set that `Exec` has checked; `check_forward` has seen to the bounds.
+    unsafe {
+        if table.round {
+            by_rows!(x.rows, forward_f32_of, true; (tiles, table, x, sums));
+        } else {
+            by_rows!(x.rows, forward_f32_of, false; (tiles, table, x, sums));
+        }
+    }
+}
+
+fn forward_bf16(tiles: &Tiles<'_>, table: &Table, x: &Rows<'_, u16>, sums: &mut Sums) {
+    check_forward(tiles, x, sums, MAX_ROWS);
+    // SAFETY: as in `forward_f32`.
+    unsafe { by_rows!(x.rows, forward_bf16_of; (tiles, table, x, sums)) }
+}
+
+fn forward_int8(tiles: &Tiles<'_>, table: &Int8Table, x: &Int8Rows<'_>, sums: &mut Sums, scratch: &mut Sums) {
+    check_int8(tiles, x, sums, scratch, MAX_ROWS);
+    // SAFETY: as in `forward_f32`, with `check_int8`.
+    unsafe { by_rows!(x.rows, forward_int8_of; (tiles, table, x, sums, scratch)) }
+}
+
+/// The sums over the lanes of 4 vectors.
+#[inline]
+#[target_feature(enable = "avx512f,avx512dq")]
+fn reduce(a: __m512, b: __m512, c: __m512, d: __m512) -> __m128 {
+    let ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+    let cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+    let (ab, cd) = (_mm512_castps_pd(ab), _mm512_castps_pd(cd));
+    let abcd =
+        _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(ab, cd)), _mm512_castpd_ps(_mm512_unpackhi_pd(ab, cd)));
+    let half = _mm256_add_ps(_mm512_castps512_ps256(abcd), _mm512_extractf32x8_ps::<1>(abcd));
+    _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps::<1>(half))
+}
+
+/// Writes the sums of `PAIRS` pairs of rows.
+///
+/// # Safety
+/// `out` must be valid for `2 · PAIRS` numbers.
+#[inline]
+#[target_feature(enable = "avx512f,avx512dq")]
+unsafe fn store_sums<const PAIRS: usize>(acc: [[__m512; 2]; PAIRS], out: *mut f32) {
+    let last = acc[PAIRS - 1];
+    let sums = reduce(acc[0][0], acc[0][1], last[0], last[1]);
+    // SAFETY: the caller's promise.
+    unsafe {
+        if PAIRS == 2 {
+            _mm_storeu_ps(out, sums);
+        } else {
+            _mm_storel_epi64(out.cast(), _mm_castps_si128(sums));
+        }
+    }
+}
+
+/// The nearest bf16 numbers, ties to even; NaN stays NaN.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn round_bf16(values: __m512) -> __m512 {
+    let bits = _mm512_castps_si512(values);
+    let odd = _mm512_and_si512(_mm512_srli_epi32::<16>(bits), _mm512_set1_epi32(1));
+    let bits = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+    let rounded = _mm512_castsi512_ps(_mm512_and_si512(bits, _mm512_set1_epi32(-0x1_0000)));
+    _mm512_mask_mov_ps(rounded, _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(values, values), _mm512_set1_ps(f32::NAN))
+}
+
+/// The 16 numbers that the codes of a block stand for.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn block_table<const ROUND: bool>(values: __m512, absmax: f32) -> __m512 {
+    let table = _mm512_mul_ps(values, _mm512_set1_ps(absmax));
+    if ROUND { round_bf16(table) } else { table }
+}
+
+/// The table in bf16, twice. Numbers under 2^-126 become zero.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bf16")]
+fn block_table_bf16(values: __m512, absmax: f32) -> __m512i {
+    let table = _mm512_mul_ps(values, _mm512_set1_ps(absmax));
+    // SAFETY: both are 64 bytes without invalid values.
+    unsafe { core::mem::transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(table, table)) }
+}
+
+/// # Safety
+/// The operands as `check_forward` wants them, for `M` rows.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+unsafe fn forward_f32_of<const M: usize, const PAIRS: usize, const ROUND: bool>(
+    tiles: &Tiles<'_>,
+    table: &Table,
+    x: &Rows<'_, f32>,
+    sums: &mut Sums,
+) {
+    let groups = tiles.groups_per_row;
+    // SAFETY: `check_forward`: 16 values; `groups` groups and scales a tile; rows of `groups · 64` activations; 4 sums for each of M rows a tile.
+    unsafe {
+        let values = _mm512_loadu_ps(table.values.as_ptr());
+        let mut codes = tiles.codes.as_ptr();
+        let mut scales = tiles.scales.as_ptr();
+        let mut out = sums.as_mut_ptr().cast::<f32>();
+        for _ in 0..tiles.num_tiles() {
+            for part in (0..2).step_by(PAIRS) {
+                let mut acc = [[[_mm512_setzero_ps(); 2]; PAIRS]; M];
+                for group in 0..groups {
+                    let (codes, scales) = (&(*codes.add(group)).0, &*scales.add(group));
+                    let mut tables = [[values; 2]; PAIRS];
+                    for pair in 0..PAIRS {
+                        for row in 0..2 {
+                            tables[pair][row] = block_table::<ROUND>(values, scales[2 * (part + pair) + row]);
+                        }
+                    }
+                    for vector in 0..GROUP / 16 {
+                        let mut weights = [[values; 2]; PAIRS];
+                        for pair in 0..PAIRS {
+                            let codes = codes[part + pair].as_ptr().add(16 * vector);
+                            let codes = _mm512_cvtepu8_epi32(_mm_loadu_si128(codes.cast()));
+                            weights[pair] = [
+                                _mm512_permutexvar_ps(codes, tables[pair][0]),
+                                _mm512_permutexvar_ps(_mm512_srli_epi32::<4>(codes), tables[pair][1]),
+                            ];
+                        }
+                        for m in 0..M {
+                            let x = x.data.as_ptr().add(m * x.stride + group * GROUP + 16 * vector);
+                            let x = _mm512_loadu_ps(x);
+                            for pair in 0..PAIRS {
+                                for row in 0..2 {
+                                    acc[m][pair][row] = _mm512_fmadd_ps(weights[pair][row], x, acc[m][pair][row]);
+                                }
+                            }
+                        }
+                    }
+                }
+                for (m, acc) in acc.into_iter().enumerate() {
+                    store_sums(acc, out.add(m * TILE_ROWS + 2 * part));
+                }
+            }
+            codes = codes.add(groups);
+            scales = scales.add(groups);
+            out = out.add(M * TILE_ROWS);
+        }
+    }
+}
+
+/// # Safety
+/// The operands as `check_forward` wants them, for `M` rows.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
+unsafe fn forward_bf16_of<const M: usize, const PAIRS: usize>(
+    tiles: &Tiles<'_>,
+    table: &Table,
+    x: &Rows<'_, u16>,
+    sums: &mut Sums,
+) {
+    let groups = tiles.groups_per_row;
+    // SAFETY: as in `forward_f32_of`; the vector types that are transmuted have 64 bytes and no invalid values.
+    unsafe {
+        let bh = |vector: __m512i| core::mem::transmute::<__m512i, __m512bh>(vector);
+        let values = _mm512_loadu_ps(table.values.as_ptr());
+        let zero = _mm512_setzero_si512();
+        let mut codes = tiles.codes.as_ptr();
+        let mut scales = tiles.scales.as_ptr();
+        let mut out = sums.as_mut_ptr().cast::<f32>();
+        for _ in 0..tiles.num_tiles() {
+            for part in (0..2).step_by(PAIRS) {
+                let mut acc = [[[_mm512_setzero_ps(); 2]; PAIRS]; M];
+                for group in 0..groups {
+                    let (codes, scales) = (&(*codes.add(group)).0, &*scales.add(group));
+                    let mut tables = [[zero; 2]; PAIRS];
+                    for pair in 0..PAIRS {
+                        for row in 0..2 {
+                            tables[pair][row] = block_table_bf16(values, scales[2 * (part + pair) + row]);
+                        }
+                    }
+                    for vector in 0..GROUP / 32 {
+                        let mut weights = [[zero; 2]; PAIRS];
+                        for pair in 0..PAIRS {
+                            let codes = codes[part + pair].as_ptr().add(32 * vector);
+                            let codes = _mm512_cvtepu8_epi16(_mm256_loadu_si256(codes.cast()));
+                            weights[pair] = [
+                                _mm512_permutexvar_epi16(codes, tables[pair][0]),
+                                _mm512_permutexvar_epi16(_mm512_srli_epi16::<4>(codes), tables[pair][1]),
+                            ];
+                        }
+                        for m in 0..M {
+                            let x = x.data.as_ptr().add(m * x.stride + group * GROUP + 32 * vector);
+                            let x = bh(_mm512_loadu_si512(x.cast()));
+                            for pair in 0..PAIRS {
+                                for row in 0..2 {
+                                    acc[m][pair][row] = _mm512_dpbf16_ps(acc[m][pair][row], bh(weights[pair][row]), x);
+                                }
+                            }
+                        }
+                    }
+                }
+                for (m, acc) in acc.into_iter().enumerate() {
+                    store_sums(acc, out.add(m * TILE_ROWS + 2 * part));
+                }
+            }
+            codes = codes.add(groups);
+            scales = scales.add(groups);
+            out = out.add(M * TILE_ROWS);
+        }
+    }
+}
+
+/// # Safety
+/// The operands as `check_int8` wants them, for `M` rows.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vnni")]
+unsafe fn forward_int8_of<const M: usize, const PAIRS: usize>(
+    tiles: &Tiles<'_>,
+    table: &Int8Table,
+    x: &Int8Rows<'_>,
+    sums: &mut Sums,
+    scratch: &mut Sums,
+) {
+    let groups = tiles.groups_per_row;
+    // SAFETY: `check_int8`: 16 codes; `groups` groups and scales a tile, and a row of activations; as many scratch scales for each
+    // row; 4 sums for each of M rows a tile.
+    unsafe {
+        let values = _mm512_broadcast_i32x4(_mm_loadu_si128(table.codes.as_ptr().cast()));
+        let inverse_scale = _mm_set1_ps(table.inverse_scale);
+        let mut codes = tiles.codes.as_ptr();
+        let mut scales = tiles.scales.as_ptr();
+        let mut out = sums.as_mut_ptr().cast::<f32>();
+        for _ in 0..tiles.num_tiles() {
+            for m in 0..M {
+                for group in 0..groups {
+                    let scale = _mm_set1_ps(*x.scales.as_ptr().add(m * groups + group));
+                    let scale = _mm_mul_ps(_mm_loadu_ps((*scales.add(group)).as_ptr()), scale);
+                    _mm_storeu_ps(scratch.as_mut_ptr().add(m * groups + group).cast(), scale);
+                }
+            }
+            for part in (0..2).step_by(PAIRS) {
+                let mut acc = [[[_mm512_setzero_ps(); 2]; PAIRS]; M];
+                for group in 0..groups {
+                    let codes = &(*codes.add(group)).0;
+                    let mut weights = [[values; 2]; PAIRS];
+                    for pair in 0..PAIRS {
+                        let codes = _mm512_loadu_si512(codes[part + pair].as_ptr().cast());
+                        weights[pair] = [
+                            _mm512_permutexvar_epi8(codes, values),
+                            _mm512_permutexvar_epi8(_mm512_srli_epi16::<4>(codes), values),
+                        ];
+                    }
+                    for m in 0..M {
+                        let x = &*x.groups.as_ptr().add(m * groups + group);
+                        let start = _mm512_loadu_si512(x.start.as_ptr().cast());
+                        let x = _mm512_loadu_si512(x.codes.as_ptr().cast());
+                        let scale = &*scratch.as_ptr().add(m * groups + group);
+                        for pair in 0..PAIRS {
+                            for row in 0..2 {
+                                let dot = _mm512_dpbusd_epi32(start, weights[pair][row], x);
+                                let scale = _mm512_set1_ps(scale[2 * (part + pair) + row]);
+                                acc[m][pair][row] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot), scale, acc[m][pair][row]);
+                            }
+                        }
+                    }
+                }
+                for (m, acc) in acc.into_iter().enumerate() {
+                    store_sums(acc, out.add(m * TILE_ROWS + 2 * part));
+                }
+            }
+            for m in 0..M {
+                let out = out.add(m * TILE_ROWS);
+                _mm_storeu_ps(out, _mm_mul_ps(_mm_loadu_ps(out), inverse_scale));
+            }
+            codes = codes.add(groups);
+            scales = scales.add(groups);
+            out = out.add(M * TILE_ROWS);
+        }
+    }
+}
+
+fn quantize(x: &[f32; GROUP], out: &mut Int8Group) -> f32 {
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+    fn inner(x: &[f32; GROUP], out: &mut Int8Group) -> f32 {
+        scalar::quantize(x, out)
+    }
+    // SAFETY: as in `forward_f32`.
+    unsafe { inner(x, out) }
+}
+
+fn tile_rows(rows: &[&[u8]; TILE_ROWS], out: &mut [Group]) {
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vbmi")]
+    fn inner(rows: &[&[u8]; TILE_ROWS], out: &mut [Group]) {
+        scalar::tile_rows(rows, out);
+    }
+    // SAFETY: as in `forward_f32`.
+    unsafe { inner(rows, out) }
+}
+
+fn untile_rows(groups: &[Group], rows: &mut [&mut [u8]; TILE_ROWS]) {
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vbmi")]
+    fn inner(groups: &[Group], rows: &mut [&mut [u8]; TILE_ROWS]) {
+        scalar::untile_rows(groups, rows);
+    }
+    // SAFETY: as in `forward_f32`.
+    unsafe { inner(groups, rows) }
+}
+
+fn panel_f32(tiles: &Tiles<'_>, table: &Table, out: &mut [f32]) {
+    check_panel(tiles, GROUP, out.len());
+    // SAFETY: as in `forward_f32`, with `check_panel`.
+    unsafe {
+        if table.round {
+            panel_f32_of::<true>(tiles, table, out);
+        } else {
+            panel_f32_of::<false>(tiles, table, out);
+        }
+    }
+}
+
+/// # Safety
+/// The operands as `check_panel` wants them, with 64 elements a group.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+unsafe fn panel_f32_of<const ROUND: bool>(tiles: &Tiles<'_>, table: &Table, out: &mut [f32]) {
+    let columns = tiles.groups.len * GROUP;
+    // SAFETY: `check_panel`: the groups worked on lie in `codes` and `scales`, and 4 rows of `columns` numbers a tile in `out`.
+    unsafe {
+        let values = _mm512_loadu_ps(table.values.as_ptr());
+        for tile in 0..tiles.num_tiles() {
+            for group in 0..tiles.groups.len {
+                let at = tile * tiles.groups_per_row + tiles.groups.start + group;
+                let (codes, scales) = (&(*tiles.codes.as_ptr().add(at)).0, &*tiles.scales.as_ptr().add(at));
+                let out = out.as_mut_ptr().add(tile * TILE_ROWS * columns + group * GROUP);
+                for pair in 0..2 {
+                    let tables = [0, 1].map(|row| block_table::<ROUND>(values, scales[2 * pair + row]));
+                    for vector in 0..GROUP / 16 {
+                        let codes = codes[pair].as_ptr().add(16 * vector);
+                        let codes = _mm512_cvtepu8_epi32(_mm_loadu_si128(codes.cast()));
+                        let out = out.add(2 * pair * columns + 16 * vector);
+                        _mm512_storeu_ps(out, _mm512_permutexvar_ps(codes, tables[0]));
+                        let codes = _mm512_srli_epi32::<4>(codes);
+                        _mm512_storeu_ps(out.add(columns), _mm512_permutexvar_ps(codes, tables[1]));
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// The rounded table as 16-bit numbers, twice, without AVX-512 BF16: subnormal numbers are kept.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq")]
+fn block_table_u16(values: __m512, absmax: f32) -> __m512i {
+    let bits = _mm512_castps_si512(block_table::<true>(values, absmax));
+    let half = _mm512_cvtepi32_epi16(_mm512_srli_epi32::<16>(bits));
+    _mm512_broadcast_i64x4(half)
+}
+
+fn panel_bf16(tiles: &Tiles<'_>, table: &Table, out: &mut [u32]) {
+    check_panel(tiles, GROUP / 2, out.len());
+    // SAFETY: as in `forward_f32`, with `check_panel`.
+    unsafe { panel_bf16_of(tiles, table, out) }
+}
+
+/// # Safety
+/// The operands as `check_panel` wants them, with 32 elements a group.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+unsafe fn panel_bf16_of(tiles: &Tiles<'_>, table: &Table, out: &mut [u32]) {
+    let columns = tiles.groups.len * GROUP / 2;
+    // SAFETY: as in `panel_f32_of`; two weights an element.
+    unsafe {
+        let values = _mm512_loadu_ps(table.values.as_ptr());
+        for tile in 0..tiles.num_tiles() {
+            for group in 0..tiles.groups.len {
+                let at = tile * tiles.groups_per_row + tiles.groups.start + group;
+                let (codes, scales) = (&(*tiles.codes.as_ptr().add(at)).0, &*tiles.scales.as_ptr().add(at));
+                let out = out.as_mut_ptr().add(tile * TILE_ROWS * columns + group * GROUP / 2);
+                for pair in 0..2 {
+                    let tables = [0, 1].map(|row| block_table_u16(values, scales[2 * pair + row]));
+                    for vector in 0..GROUP / 32 {
+                        let codes = codes[pair].as_ptr().add(32 * vector);
+                        let codes = _mm512_cvtepu8_epi16(_mm256_loadu_si256(codes.cast()));
+                        let out = out.add(2 * pair * columns + 16 * vector);
+                        _mm512_storeu_si512(out.cast(), _mm512_permutexvar_epi16(codes, tables[0]));
+                        let codes = _mm512_srli_epi16::<4>(codes);
+                        _mm512_storeu_si512(out.add(columns).cast(), _mm512_permutexvar_epi16(codes, tables[1]));
+                    }
+                }
+            }
+        }
+    }
+}
+
+fn panel_row_pairs(tiles: &Tiles<'_>, table: &Table, out: &mut [[u32; GROUP]]) {
+    check_panel(tiles, GROUP, 2 * out.as_flattened().len());
+    assert!(tiles.groups.len <= 1, "one group at a time");
+    // SAFETY: as in `forward_f32`, with `check_panel`.
+    unsafe { panel_row_pairs_of(tiles, table, out) }
+}
+
+/// The two rows of a pair lie in one vector of double words: both are looked up there, 16 columns at a time.
+///
+/// # Safety
+/// The operands as `check_panel` wants them, with one group and 64 elements for two rows.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+unsafe fn panel_row_pairs_of(tiles: &Tiles<'_>, table: &Table, out: &mut [[u32; GROUP]]) {
+    if tiles.groups.len == 0 {
+        return;
+    }
+    // SAFETY: `check_panel`: the group of each tile lies in `codes` and `scales`, and two elements of 64 columns a tile in `out`.
+    unsafe {
+        let values = _mm512_loadu_ps(table.values.as_ptr());
+        let second_row = _mm512_set1_epi32(0x10_0000);
+        for tile in 0..tiles.num_tiles() {
+            let at = tile * tiles.groups_per_row + tiles.groups.start;
+            let (codes, scales) = (&(*tiles.codes.as_ptr().add(at)).0, &*tiles.scales.as_ptr().add(at));
+            for pair in 0..2 {
+                // The table of the first row in words 0 to 15, that of the second in words 16 to 31.
+                let [first, second] = [0, 1].map(|row| {
+                    let bits = _mm512_castps_si512(block_table::<true>(values, scales[2 * pair + row]));
+                    _mm512_cvtepi32_epi16(_mm512_srli_epi32::<16>(bits))
+                });
+                let table = _mm512_inserti64x4::<1>(_mm512_castsi256_si512(first), second);
+                let out = out.as_mut_ptr().add(2 * tile + pair).cast::<u32>();
+                for vector in 0..GROUP / 16 {
+                    let codes = codes[pair].as_ptr().add(16 * vector);
+                    let codes = _mm512_cvtepu8_epi32(_mm_loadu_si128(codes.cast()));
+                    // Low word: the first row's code. High word: the second row's, and 16.
+                    let low = _mm512_and_si512(codes, _mm512_set1_epi32(0xf));
+                    let high = _mm512_and_si512(_mm512_slli_epi32::<12>(codes), _mm512_set1_epi32(0xf_0000));
+                    let index = _mm512_or_si512(_mm512_or_si512(low, high), second_row);
+                    _mm512_storeu_si512(out.add(16 * vector).cast(), _mm512_permutexvar_epi16(index, table));
+                }
+            }
+        }
+    }
+}
+
+/// Rows of the gradient that are worked on at once: 6 rows of 4 accumulators, 4 vectors of weights.
+const BACKWARD_ROWS: usize = 6;
+
+/// Calls `$function::<M>` for blocks of up to 6 rows of the sums.
+macro_rules! by_blocks {
+    ($sums:expr, $function:ident, $panel:expr, $dy:expr) => {
+        for (block, sums) in $sums.chunks_mut(BACKWARD_ROWS).enumerate() {
+            let dy = $dy.data.as_ptr().wrapping_add(block * BACKWARD_ROWS * $dy.stride);
+            match sums.len() {
+                1 => $function::<1>($panel, dy, $dy.stride, sums),
+                2 => $function::<2>($panel, dy, $dy.stride, sums),
+                3 => $function::<3>($panel, dy, $dy.stride, sums),
+                4 => $function::<4>($panel, dy, $dy.stride, sums),
+                5 => $function::<5>($panel, dy, $dy.stride, sums),
+                _ => $function::<6>($panel, dy, $dy.stride, sums),
+            }
+        }
+    };
+}
+
+fn backward_f32(panel: &[[f32; GROUP]], dy: &Rows<'_, f32>, sums: &mut [[f32; GROUP]]) {
+    check_backward(panel.len(), dy, sums.len());
+    // SAFETY: as in `forward_f32`, with `check_backward`; each block has as many sums as rows.
+    unsafe { by_blocks!(sums, backward_f32_of, panel, dy) }
+}
+
+/// # Safety
+/// `M` rows of `panel.len()` numbers at `dy`, `stride` apart; `M` sums.
+#[target_feature(enable = "avx512f")]
+unsafe fn backward_f32_of<const M: usize>(
+    panel: &[[f32; GROUP]],
+    dy: *const f32,
+    stride: usize,
+    sums: &mut [[f32; GROUP]],
+) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        let mut acc = [[_mm512_setzero_ps(); 4]; M];
+        for m in 0..M {
+            for v in 0..4 {
+                acc[m][v] = _mm512_loadu_ps(sums.as_ptr().add(m).cast::<f32>().add(16 * v));
+            }
+        }
+        for (n, weights) in panel.iter().enumerate() {
+            let weights = [0, 1, 2, 3].map(|v| _mm512_loadu_ps(weights.as_ptr().add(16 * v)));
+            for (m, acc) in acc.iter_mut().enumerate() {
+                let dy = _mm512_set1_ps(*dy.add(m * stride + n));
+                for v in 0..4 {
+                    acc[v] = _mm512_fmadd_ps(weights[v], dy, acc[v]);
+                }
+            }
+        }
+        for m in 0..M {
+            for v in 0..4 {
+                _mm512_storeu_ps(sums.as_mut_ptr().add(m).cast::<f32>().add(16 * v), acc[m][v]);
+            }
+        }
+    }
+}
+
+fn backward_bf16(panel: &[[u32; GROUP]], dy: &Rows<'_, u16>, sums: &mut [[f32; GROUP]]) {
+    check_backward(2 * panel.len(), dy, sums.len());
+    // SAFETY: as in `backward_f32`; a row of the panel takes two numbers of the gradient.
+    unsafe { by_blocks!(sums, backward_bf16_of, panel, dy) }
+}
+
+/// # Safety
+/// `M` rows of `2 · panel.len()` numbers at `dy`, `stride` apart; `M` sums.
+#[target_feature(enable = "avx512f,avx512bf16")]
+unsafe fn backward_bf16_of<const M: usize>(
+    panel: &[[u32; GROUP]],
+    dy: *const u16,
+    stride: usize,
+    sums: &mut [[f32; GROUP]],
+) {
+    // SAFETY: the caller's promise; the vector types that are transmuted have 64 bytes and no invalid values.
+    unsafe {
+        let bh = |vector: __m512i| core::mem::transmute::<__m512i, __m512bh>(vector);
+        let mut acc = [[_mm512_setzero_ps(); 4]; M];
+        for m in 0..M {
+            for v in 0..4 {
+                acc[m][v] = _mm512_loadu_ps(sums.as_ptr().add(m).cast::<f32>().add(16 * v));
+            }
+        }
+        for (pair, weights) in panel.iter().enumerate() {
+            let weights = [0, 1, 2, 3].map(|v| bh(_mm512_loadu_si512(weights.as_ptr().add(16 * v).cast())));
+            for (m, acc) in acc.iter_mut().enumerate() {
+                let dy = dy.add(m * stride + 2 * pair).cast::<i32>().read_unaligned();
+                let dy = bh(_mm512_set1_epi32(dy));
+                for v in 0..4 {
+                    acc[v] = _mm512_dpbf16_ps(acc[v], weights[v], dy);
+                }
+            }
+        }
+        for m in 0..M {
+            for v in 0..4 {
+                _mm512_storeu_ps(sums.as_mut_ptr().add(m).cast::<f32>().add(16 * v), acc[m][v]);
+            }
+        }
+    }
+}

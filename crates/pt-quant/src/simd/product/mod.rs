@@ -1,0 +1,209 @@
+//! Products with 4-bit matrices in tiles, by instruction set.
+//!
+//! # The layout
+//! A tile is 4 rows of the matrix; it is cut into groups of 64 columns ([`Group`]), 128 bytes in one piece. Byte `k` of half `h` of a group holds
+//! column `k` of rows `2h` (low half of the byte) and `2h + 1` (high half). So one stream is read for 4 rows, a vector of activations serves all 4,
+//! and each vector of codes lies in one block of each row, for which the 16 products code · absmax are made once and looked up.
+
+mod scalar;
+
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
+
+use core::ops::Range;
+
+use crate::Isa;
+
+/// Rows of a tile.
+pub(crate) const TILE_ROWS: usize = 4;
+
+/// Columns of a group.
+pub(crate) const GROUP: usize = 64;
+
+/// The codes of 4 rows and 64 columns, aligned to a cache line.
+#[derive(Debug, Clone, Copy, PartialEq)]
+#[repr(C, align(64))]
+pub(crate) struct Group(pub(crate) [[u8; GROUP]; 2]);
+
+const _: () = assert!(size_of::<Group>() == 128 && align_of::<Group>() == 64);
+
+impl Group {
+    pub(crate) const ZERO: Self = Self([[0; GROUP]; 2]);
+}
+
+/// Some tiles of a matrix, and some of their groups.
+#[derive(Clone, Copy)]
+pub(crate) struct Tiles<'a> {
+    /// `[num_tiles, groups_per_row]`
+    pub(crate) codes: &'a [Group],
+    /// `[num_tiles, groups_per_row]`: the scales of the 4 rows.
+    pub(crate) scales: &'a [[f32; TILE_ROWS]],
+    pub(crate) groups_per_row: usize,
+    /// The groups that are worked on.
+    pub(crate) groups: Range2,
+}
+
+/// A range that can be copied.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Range2 {
+    pub(crate) start: usize,
+    pub(crate) len: usize,
+}
+
+impl From<Range<usize>> for Range2 {
+    fn from(range: Range<usize>) -> Self {
+        Self { start: range.start, len: range.len() }
+    }
+}
+
+impl Tiles<'_> {
+    pub(crate) fn num_tiles(&self) -> usize {
+        self.codes.len().checked_div(self.groups_per_row).unwrap_or(0)
+    }
+
+    /// Panics unless codes and scales are there for all tiles and groups.
+    fn check(&self) {
+        assert_eq!(self.codes.len(), self.num_tiles() * self.groups_per_row, "whole tiles");
+        assert_eq!(self.codes.len(), self.scales.len(), "four scales for each group");
+        assert!(self.groups.start + self.groups.len <= self.groups_per_row, "the groups lie within the row");
+    }
+}
+
+/// What codes stand for: `values[code] · absmax`, rounded to bf16 where asked for.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Table {
+    pub(crate) values: [f32; 16],
+    pub(crate) round: bool,
+}
+
+/// Activations: `rows` rows, `stride` apart, each with the columns of the groups that are worked on.
+#[derive(Clone, Copy)]
+pub(crate) struct Rows<'a, T> {
+    pub(crate) data: &'a [T],
+    pub(crate) rows: usize,
+    pub(crate) stride: usize,
+}
+
+impl<T> Rows<'_, T> {
+    /// Panics unless every row has `columns` elements.
+    fn check(&self, columns: usize) {
+        assert!(columns <= self.stride || self.rows <= 1, "rows do not overlap");
+        if self.rows > 0 {
+            assert!((self.rows - 1) * self.stride + columns <= self.data.len(), "every row is whole");
+        }
+    }
+}
+
+/// The integers that stand for a codebook's values: value `i` is about `(codes[i] - 128) / scale`.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(crate) struct Int8Table {
+    /// 1 to 255: unsigned, as the dot-product instructions of x86 want one operand.
+    pub(crate) codes: [u8; 16],
+    /// 1 / scale.
+    pub(crate) inverse_scale: f32,
+}
+
+/// 64 activations as integers, and what sums of products with [`Int8Table::codes`] start from.
+#[derive(Debug, Clone, Copy)]
+#[repr(C, align(64))]
+pub(crate) struct Int8Group {
+    /// -127 to 127.
+    pub(crate) codes: [i8; GROUP],
+    /// -128 times the sum of codes `4i .. 4i + 4`.
+    pub(crate) start: [i32; 16],
+}
+
+impl Int8Group {
+    pub(crate) const ZERO: Self = Self { codes: [0; GROUP], start: [0; 16] };
+}
+
+/// Activations in 8 bits: `[rows, groups_per_row]` groups, each with its scale.
+#[derive(Clone, Copy)]
+pub(crate) struct Int8Rows<'a> {
+    pub(crate) groups: &'a [Int8Group],
+    pub(crate) scales: &'a [f32],
+    pub(crate) rows: usize,
+}
+
+/// A product's outputs: for each tile and each row of activations the 4 rows of the tile, `[num_tiles, rows]`.
+pub(crate) type Sums = [[f32; TILE_ROWS]];
+
+pub(crate) struct Kernels {
+    /// Rows of activations that one call takes at most.
+    pub(crate) max_rows: usize,
+    /// From how many rows on decoding a panel and multiplying that is faster, in f32 and bf16.
+    pub(crate) panel_rows: [usize; 2],
+    /// All groups of all tiles times up to `max_rows` rows of activations.
+    pub(crate) forward_f32: fn(&Tiles<'_>, &Table, &Rows<'_, f32>, &mut Sums),
+    /// As `forward_f32` in bf16; without it, `forward_f32` with `Table::round` does.
+    pub(crate) forward_bf16: Option<fn(&Tiles<'_>, &Table, &Rows<'_, u16>, &mut Sums)>,
+    /// As `forward_f32` with integers; the last argument is scratch of `groups_per_row · rows`.
+    pub(crate) forward_int8: fn(&Tiles<'_>, &Int8Table, &Int8Rows<'_>, &mut Sums, &mut Sums),
+    /// 64 activations to integers; the result is their scale.
+    pub(crate) quantize: fn(&[f32; GROUP], &mut Int8Group) -> f32,
+    /// The weights of the tiles, `[num_tiles · 4, groups.len · 64]`.
+    pub(crate) panel_f32: fn(&Tiles<'_>, &Table, &mut [f32]),
+    /// The weights as bf16, two in an element, the first in the low half: `[num_tiles · 4, groups.len · 32]`.
+    pub(crate) panel_bf16: fn(&Tiles<'_>, &Table, &mut [u32]),
+    /// The weights of one group as bf16, the numbers of two neighbouring rows in an element, the first in the low half: `[num_tiles · 2, 64]`.
+    pub(crate) panel_row_pairs: fn(&Tiles<'_>, &Table, &mut [[u32; GROUP]]),
+    /// `sums[m] += Σ_n dy[m, n] · panel[n]`
+    pub(crate) backward_f32: fn(&[[f32; GROUP]], &Rows<'_, f32>, &mut [[f32; GROUP]]),
+    /// As `backward_f32`, with a panel of row pairs; without it, `backward_f32` does.
+    pub(crate) backward_bf16: Option<fn(&[[u32; GROUP]], &Rows<'_, u16>, &mut [[f32; GROUP]])>,
+    /// Two rows of 64 codes each, bitsandbytes' bytes, to half a group, for each of the pairs `(first, second, half of a group)`.
+    pub(crate) tile_rows: fn(&[&[u8]; TILE_ROWS], &mut [Group]),
+    /// The inverse of `tile_rows`.
+    pub(crate) untile_rows: fn(&[Group], &mut [&mut [u8]; TILE_ROWS]),
+}
+
+pub(crate) fn kernels(isa: Isa) -> &'static Kernels {
+    match isa {
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx2 => &avx2::KERNELS,
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx512 => &avx512::KERNELS,
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx512Bf16 => &avx512::KERNELS_BF16,
+        _ => &scalar::KERNELS,
+    }
+}
+
+/// Panics unless all that a forward product reads and writes is there: the kernels' pointers rely on it.
+fn check_forward<T>(tiles: &Tiles<'_>, x: &Rows<'_, T>, sums: &Sums, max_rows: usize) {
+    tiles.check();
+    x.check(tiles.groups_per_row * GROUP);
+    assert!(x.rows <= max_rows, "at most {max_rows} rows");
+    assert!(tiles.groups.len == tiles.groups_per_row, "products take whole rows");
+    assert_eq!(sums.len(), tiles.num_tiles() * x.rows, "an output for each tile and row");
+}
+
+/// As [`check_forward`].
+fn check_int8(tiles: &Tiles<'_>, x: &Int8Rows<'_>, sums: &Sums, scratch: &Sums, max_rows: usize) {
+    tiles.check();
+    assert!(x.rows <= max_rows, "at most {max_rows} rows");
+    assert!(tiles.groups.len == tiles.groups_per_row, "products take whole rows");
+    assert_eq!(x.groups.len(), x.rows * tiles.groups_per_row, "every row is whole");
+    assert_eq!(x.scales.len(), x.groups.len(), "a scale for each group");
+    assert_eq!(scratch.len(), x.groups.len(), "scratch for the scales of a tile");
+    assert_eq!(sums.len(), tiles.num_tiles() * x.rows, "an output for each tile and row");
+}
+
+/// Panics unless a panel of `elements` elements a group and row fits.
+fn check_panel(tiles: &Tiles<'_>, elements: usize, len: usize) {
+    tiles.check();
+    assert_eq!(len, tiles.num_tiles() * TILE_ROWS * tiles.groups.len * elements, "the panel has room for its tiles");
+}
+
+/// Panics unless a backward product's operands fit: `num_rows` rows of the matrix in the panel.
+fn check_backward<T>(num_rows: usize, dy: &Rows<'_, T>, sums: usize) {
+    dy.check(num_rows);
+    assert_eq!(dy.rows, sums, "sums for every row of the gradient");
+}
+
+/// Panics unless each row has 32 bytes for each group.
+fn check_rows<'a>(rows: impl Iterator<Item = &'a [u8]>, groups: usize) {
+    rows.for_each(|row| assert_eq!(row.len(), groups * GROUP / 2, "a row has its groups"));
+}
