@@ -28,6 +28,18 @@ pub enum QuantError {
         /// The values that are taken.
         expected: &'static str,
     },
+    /// A range that goes beyond the end.
+    #[error("`{what}` asks for {len} elements from {start} on, of {available}")]
+    Range {
+        /// The name of the argument.
+        what: &'static str,
+        /// The first element asked for.
+        start: usize,
+        /// How many are asked for.
+        len: usize,
+        /// How many there are.
+        available: usize,
+    },
     /// No block size.
     #[error("the block size is {found}, expected a power of two from 32 to 4096")]
     BlockSize {
@@ -61,6 +73,7 @@ impl QuantError {
         match self {
             Self::Length { .. } => "the docs of the function say which lengths belong together",
             Self::Value { .. } => "use one of the values expected",
+            Self::Range { .. } => "ask for less: ranges are counted in elements, not in bytes",
             Self::BlockSize { .. } => "64 is what QLoRA uses",
             Self::Overflow { .. } => "check the shape: it may come from a damaged file",
             Self::Isa { .. } => "Isa::available lists what this processor has; PT_QUANT_ISA=scalar always works",

@@ -1,11 +1,15 @@
 //! 4-bit tensors in blocks, in bitsandbytes' byte order: [`Block4Ref`] borrows one, [`Block4`] owns one.
 
 mod absmax;
+mod dequantize;
+mod quantize;
 
 use alloc::vec::Vec;
 use core::fmt;
 
 pub use absmax::{Absmax, AbsmaxBuf, NestedAbsmax, NestedAbsmaxBuf};
+pub use dequantize::{STREAM_BYTES, Stores};
+pub use quantize::quantize_into;
 
 use crate::error::check_len;
 use crate::{Codebook, QuantError};

@@ -1,0 +1,98 @@
+//! 8-bit dynamic numbers, by instruction set. All of them give the bits of `scalar.rs`.
+//!
+//! AVX2 and NEON have no lookup in a table of 256 that beats loading its entries one by one, so they share plain code that finds codes by cells.
+
+mod cells;
+mod scalar;
+
+#[cfg(target_arch = "x86_64")]
+mod avx512;
+
+use crate::{DynamicMap, Isa};
+
+pub(crate) struct Kernels {
+    /// `(map, block_size, input, codes, absmax)`; the last block may be short.
+    pub(crate) quantize: fn(&DynamicMap, usize, &[f32], &mut [u8], &mut [f32]),
+    /// `(values, codes, absmax, block_size, out)`; the last block may be short.
+    pub(crate) dequantize: fn(&[f32; 256], &[u8], &[f32], usize, &mut [f32]),
+}
+
+pub(crate) fn kernels(isa: Isa) -> &'static Kernels {
+    match isa {
+        Isa::Scalar => &scalar::KERNELS,
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx512 | Isa::Avx512Bf16 => &avx512::KERNELS,
+        _ => &cells::KERNELS,
+    }
+}
+
+/// bitsandbytes keeps a scale from going below this before it divides by it.
+const MIN_ABSMAX: f32 = 1e-38;
+
+/// Magnitudes are ordered as their bits are, infinity and NaN on top.
+const INFINITE: u32 = 0x7f80_0000;
+
+#[cfg(test)]
+mod tests {
+    use alloc::vec;
+    use alloc::vec::Vec;
+
+    use super::*;
+
+    /// Numbers round every threshold of a map and across the decades, one block of them at a time, led by 1 so that they are their own scale.
+    fn around_thresholds(map: &DynamicMap) -> Vec<f32> {
+        let mut numbers = vec![];
+        for pair in map.values().windows(2) {
+            let middle = f32::midpoint(pair[0], pair[1]);
+            for ulps in -4i32..=4 {
+                let bits = middle.to_bits().wrapping_add_signed(ulps);
+                numbers.extend([f32::from_bits(bits), -f32::from_bits(bits)]);
+            }
+        }
+        for exponent in 0..=126u32 {
+            for mantissa in [0, 1, 0x40_0000, 0x7f_ffff] {
+                numbers.push(f32::from_bits(exponent << 23 | mantissa));
+                numbers.push(-f32::from_bits(exponent << 23 | mantissa));
+            }
+        }
+        numbers.chunks(255).flat_map(|chunk| [&[1.0], chunk].concat()).collect()
+    }
+
+    #[test]
+    fn every_instruction_set_finds_the_nearest_code() {
+        for map in [DynamicMap::signed(), DynamicMap::unsigned()] {
+            let numbers = around_thresholds(map);
+            let run = |isa: Isa| {
+                let (mut codes, mut absmax) = (vec![0; numbers.len()], vec![0.0; numbers.len().div_ceil(256)]);
+                (kernels(isa).quantize)(map, 256, &numbers, &mut codes, &mut absmax);
+                (codes, absmax)
+            };
+            let expected = run(Isa::Scalar);
+            for (number, code) in numbers.iter().zip(&expected.0) {
+                assert_eq!(*code, map.nearest(*number), "{number}");
+            }
+            for isa in Isa::available() {
+                assert_eq!(run(isa), expected, "{isa}");
+            }
+            // The portable one, whatever the processor.
+            let (mut codes, mut absmax) = (vec![0; numbers.len()], vec![0.0; numbers.len().div_ceil(256)]);
+            (cells::KERNELS.quantize)(map, 256, &numbers, &mut codes, &mut absmax);
+            assert_eq!((codes, absmax), expected);
+        }
+    }
+
+    #[test]
+    fn every_instruction_set_decodes_every_code() {
+        let codes: Vec<u8> = (0..=255).chain((0..=255).rev()).chain(0..77).collect();
+        for absmax in [[1.0, 0.3, 7.0], [0.0, f32::INFINITY, f32::NAN], [f32::MIN_POSITIVE, 1e-45, f32::MAX]] {
+            let run = |isa: Isa| {
+                let mut out = vec![9.0; codes.len()];
+                (kernels(isa).dequantize)(DynamicMap::signed().values(), &codes, &absmax, 256, &mut out);
+                out.into_iter().map(f32::to_bits).collect::<Vec<_>>()
+            };
+            for isa in Isa::available() {
+                assert_eq!(run(isa), run(Isa::Scalar), "{isa}");
+            }
+        }
+    }
+}
