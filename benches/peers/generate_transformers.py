@@ -26,7 +26,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 16])
     parser.add_argument("--prompt", type=int, default=128, help="tokens of each prompt")
     parser.add_argument("--new-tokens", type=int, default=128)
-    parser.add_argument("--prefill", type=int, default=512, help="tokens of the prompt that times prefill")
+    parser.add_argument("--prefill", type=int, nargs="+", default=[128, 512], help="tokens of prompts that time prefill")
     parser.add_argument("--repeats", type=int, default=3, help="the median is reported")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--threads", type=int, default=0, help="0 leaves it to torch")
@@ -85,8 +85,11 @@ def main() -> None:
                 whole = timed(lambda: generate(prompts, arguments.new_tokens))
                 rates.append(batch * (arguments.new_tokens - 1) / (whole - first))
             decode[str(batch)] = median(rates)
-        long_prompt = draw(1, arguments.prefill)
-        prefill = median([arguments.prefill / timed(lambda: generate(long_prompt, 1)) for _ in range(arguments.repeats)])
+        prefill = {}
+        for length in arguments.prefill:
+            long_prompt = draw(1, length)
+            rates = [length / timed(lambda: generate(long_prompt, 1)) for _ in range(arguments.repeats)]
+            prefill[str(length)] = median(rates)
 
     print(
         json.dumps(
@@ -98,9 +101,8 @@ def main() -> None:
                 "threads": torch.get_num_threads(),
                 "prompt": arguments.prompt,
                 "new_tokens": arguments.new_tokens,
-                "prefill": arguments.prefill,
                 **{f"decode_tokens_per_s_batch_{batch}": rate for batch, rate in decode.items()},
-                "prefill_tokens_per_s": prefill,
+                **{f"prefill_{length}_tokens_per_s": rate for length, rate in prefill.items()},
                 "peak_rss_bytes": peak_rss_bytes(),
             }
         )

@@ -65,20 +65,33 @@ pub(crate) fn pinned_python(name: &str, requirements: &Path) -> Result<PathBuf> 
     let wanted = fs::read_to_string(requirements).with_context(|| {
         format!("{} lists the packages of this environment; it cannot be read", requirements.display())
     })?;
+    pinned_python_by(name, &wanted, 8000, |python| {
+        run(Command::new(python).stdin(Stdio::null()).args(["-m", "pip", "install", "-r"]).arg(requirements))
+    })
+}
+
+/// The Python of a virtual environment in the cache that `install` fills; made anew when `stamp` is not that of the
+/// one that is there. It may take `megabytes` of disk.
+pub(crate) fn pinned_python_by(
+    name: &str,
+    stamp: &str,
+    megabytes: u64,
+    install: impl FnOnce(&PathBuf) -> Result<()>,
+) -> Result<PathBuf> {
     let cache = pt_fetch::cache::cache_dir()?;
     let _lock = pt_fetch::cache::lock(&cache, name, || eprintln!("another process is making {name}; waiting for it"))?;
     let folder = cache.join(name);
-    let (python, stamp) = (folder.join("bin/python"), folder.join("requirements.txt"));
-    if python.exists() && fs::read_to_string(&stamp).is_ok_and(|made| made == wanted) {
+    let (python, made) = (folder.join("bin/python"), folder.join("requirements.txt"));
+    if python.exists() && fs::read_to_string(&made).is_ok_and(|made| made == stamp) {
         return Ok(python);
     }
     eprintln!("making the Python environment {}", folder.display());
-    pt_fetch::cache::check_free_space(&cache, 8000)?;
+    pt_fetch::cache::check_free_space(&cache, megabytes)?;
     let base = Python::find()?;
     run(base.command().args(["-m", "venv", "--clear"]).arg(&folder))
         .context("cannot make a virtual environment; on Debian and Ubuntu: sudo apt-get install python3-venv")?;
-    run(Command::new(&python).stdin(Stdio::null()).args(["-m", "pip", "install", "-r"]).arg(requirements))?;
+    install(&python)?;
     // Last, so that an environment that was cut short is made anew.
-    fs::write(&stamp, wanted).with_context(|| format!("cannot write {}", stamp.display()))?;
+    fs::write(&made, stamp).with_context(|| format!("cannot write {}", made.display()))?;
     Ok(python)
 }

@@ -1,14 +1,14 @@
 //! `cargo xtask bench generate [--peers]`: prefill and decoding speed.
 //!
-//! Each measurement is a process of its own; ours and the peers' alternate.
+//! Each measurement is a process of its own; ours and the peers' alternate, round by round, and medians close the record.
 
 use anyhow::Result;
 use clap::Parser;
-use pt_benches::{Record, json_of, median, model_path, peer_model, ratios, rows};
+use pt_benches::{Record, json_of, llama_cpp_python, median, medians, model_path, peer_model, ratios, rows};
 use pt_model::{Bare, CausalLm, GenerateConfig, Pretrained, Sites, generate};
-use pt_tensor::{Device, parse_kind, peak_memory_bytes};
-use serde_json::json;
-use std::path::PathBuf;
+use pt_tensor::{Device, parse_kind, peak_memory_bytes, set_num_threads};
+use serde_json::{Value, json};
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::rc::Rc;
 use std::time::Instant;
@@ -19,11 +19,14 @@ struct Args {
     #[arg(long)]
     peers: Option<PathBuf>,
     /// Rounds of ours and the peers'.
-    #[arg(long, default_value_t = 2)]
+    #[arg(long, default_value_t = 3)]
     rounds: usize,
     /// Repeats within a round, of which the median counts.
     #[arg(long, default_value_t = 3)]
     repeats: usize,
+    /// Threads; may be given several times. Without it, one and all.
+    #[arg(long)]
+    threads: Vec<usize>,
     /// Only f32 or bf16.
     #[arg(long)]
     dtype: Option<String>,
@@ -34,51 +37,133 @@ struct Args {
 
 const PROMPT: usize = 128;
 const NEW_TOKENS: usize = 128;
-const PREFILL: usize = 512;
+const PREFILL: [usize; 2] = [128, 512];
+
+/// What llama.cpp runs: the file as it is, and its own conversions of it.
+const LLAMA_CPP_WEIGHTS: [&str; 4] = ["as shipped", "F16", "Q4_0", "IQ4_NL"];
 
 fn main() -> Result<()> {
     let args = Args::parse();
     if args.once {
-        return once(args.dtype.as_deref().unwrap_or("f32"), args.repeats);
+        let threads = args.threads.first().copied().unwrap_or(1);
+        return once(args.dtype.as_deref().unwrap_or("f32"), threads, args.repeats);
     }
-    let scripts = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("peers");
-    let setting = json!({"prompt": PROMPT, "new_tokens": NEW_TOKENS, "prefill": PREFILL, "repeats": args.repeats});
+    let cores = std::thread::available_parallelism()?.get();
+    let mut all_threads = if args.threads.is_empty() { vec![1, cores] } else { args.threads.clone() };
+    all_threads.dedup();
+    let setting = json!({
+        "prompt": PROMPT, "new_tokens": NEW_TOKENS, "prefill": PREFILL, "rounds": args.rounds, "repeats": args.repeats,
+    });
     let mut record = Record::new("generate", setting)?;
-    let repeats = args.repeats.to_string();
-    for (dtype, torch_dtype) in [("f32", "float32"), ("bf16", "bfloat16")] {
-        if args.dtype.as_deref().is_some_and(|only| only != dtype) {
-            continue;
-        }
-        for round in 0..args.rounds {
-            let own = json_of(Command::new(std::env::current_exe()?).args([
-                "--once",
-                "--dtype",
-                dtype,
-                "--repeats",
-                &repeats,
-            ]))?;
-            record.add(json!({"tool": "pt", "dtype": dtype, "round": round, "measured": own}));
-            if let Some(python) = &args.peers {
-                let model = peer_model(python, &scripts)?;
-                let mut command = Command::new(python);
-                command.arg(scripts.join("generate_transformers.py")).arg("--model").arg(model);
-                let peer = json_of(command.args(["--dtype", torch_dtype, "--repeats", &repeats]))?;
-                let ratios = ratios(&own, &peer);
-                record.add(json!({"tool": "transformers", "dtype": dtype, "round": round, "measured": peer}));
-                record.add(json!({"ratio": "pt / transformers", "dtype": dtype, "round": round, "measured": ratios}));
+    for threads in all_threads {
+        let mut tools = Vec::new();
+        for dtype in ["f32", "bf16"] {
+            if args.dtype.as_deref().is_none_or(|only| only == dtype) {
+                tools.push(own(dtype, threads, args.repeats)?);
+                if let Some(python) = &args.peers {
+                    tools.push(transformers(python, dtype, threads, args.repeats)?);
+                }
             }
         }
-    }
-    if let Some(python) = &args.peers {
-        let mut command = Command::new(python);
-        command.arg(scripts.join("generate_llama_cpp.py")).arg("--model").arg(model_path()?);
-        let peer = json_of(command.args(["--repeats", &repeats]))?;
-        record.add(json!({"tool": "llama.cpp", "measured": peer}));
+        if args.peers.is_some() {
+            match llama_cpp_python() {
+                Some(python) => tools.extend(llama_cpp(&python, threads, args.repeats)?),
+                None => record.add(json!({"tool": "llama.cpp", "skipped": "it could not be compiled here"})),
+            }
+        }
+        for round in 0..args.rounds {
+            for tool in &mut tools {
+                let measured = json_of(&mut tool.command)?;
+                record.add(json!({
+                    "tool": tool.name, "weights": tool.weights, "threads": threads, "round": round, "measured": measured,
+                }));
+                tool.measured.push(measured);
+            }
+        }
+        sum_up(&mut record, &tools, threads);
     }
     record.save()
 }
 
-fn once(dtype: &str, repeats: usize) -> Result<()> {
+/// One tool on one kind of weights, run as a process.
+struct Tool {
+    name: &'static str,
+    weights: String,
+    command: Command,
+    measured: Vec<Value>,
+}
+
+impl Tool {
+    fn new(name: &'static str, weights: &str, command: Command) -> Self {
+        Self { name, weights: weights.to_owned(), command, measured: Vec::new() }
+    }
+}
+
+fn own(dtype: &str, threads: usize, repeats: usize) -> Result<Tool> {
+    let mut command = Command::new(std::env::current_exe()?);
+    command.args(["--once", "--dtype", dtype]);
+    command.args(["--repeats", &repeats.to_string(), "--threads", &threads.to_string()]);
+    Ok(Tool::new("pt", dtype, command))
+}
+
+fn script(python: &Path, name: &str, threads: usize, repeats: usize) -> Command {
+    let mut command = Command::new(python);
+    command.arg(PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("peers").join(name)).arg("--prefill");
+    command.args(PREFILL.map(|length| length.to_string()));
+    command.args(["--prompt", &PROMPT.to_string(), "--new-tokens", &NEW_TOKENS.to_string()]);
+    command.args(["--repeats", &repeats.to_string(), "--threads", &threads.to_string()]);
+    command
+}
+
+fn transformers(python: &Path, dtype: &str, threads: usize, repeats: usize) -> Result<Tool> {
+    let scripts = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("peers");
+    let mut command = script(python, "generate_transformers.py", threads, repeats);
+    command.arg("--model").arg(peer_model(python, &scripts)?);
+    command.args(["--dtype", if dtype == "f32" { "float32" } else { "bfloat16" }]);
+    Ok(Tool::new("transformers", dtype, command))
+}
+
+/// llama.cpp on each kind of weights. Its threads spin while they wait for one another, which is best on idle cores and
+/// ruinous on shared ones, so with several threads it also runs with threads that sleep.
+fn llama_cpp(python: &Path, threads: usize, repeats: usize) -> Result<Vec<Tool>> {
+    let waits: &[(&str, Option<&str>)] =
+        if threads > 1 { &[("", None), (", threads sleep", Some("passive"))] } else { &[("", None)] };
+    let mut tools = Vec::new();
+    for weights in LLAMA_CPP_WEIGHTS {
+        for (note, policy) in waits {
+            let mut command = script(python, "generate_llama_cpp.py", threads, repeats);
+            command.arg("--model").arg(model_path()?).args(["--weights", weights]);
+            if let Some(policy) = policy {
+                command.env("OMP_WAIT_POLICY", policy);
+            }
+            tools.push(Tool::new("llama.cpp", &format!("{weights}{note}"), command));
+        }
+    }
+    Ok(tools)
+}
+
+/// Adds the medians of each tool, and ours as multiples of them.
+fn sum_up(record: &mut Record, tools: &[Tool], threads: usize) {
+    let middles: Vec<(&Tool, Value)> = tools.iter().map(|tool| (tool, medians(&tool.measured))).collect();
+    for (tool, middle) in &middles {
+        record.add(json!({"median": tool.name, "weights": tool.weights, "threads": threads, "measured": middle}));
+    }
+    for (own, own_middle) in middles.iter().filter(|(tool, _)| tool.name == "pt") {
+        // transformers on the same number format; llama.cpp has formats of its own.
+        let peers = middles
+            .iter()
+            .filter(|(tool, _)| tool.name == "llama.cpp" || tool.name == "transformers" && tool.weights == own.weights);
+        for (peer, peer_middle) in peers {
+            record.add(json!({
+                "ratio": format!("pt / {}", peer.name), "weights": [own.weights, peer.weights], "threads": threads,
+                "measured": ratios(own_middle, peer_middle),
+            }));
+        }
+    }
+}
+
+fn once(dtype: &str, threads: usize, repeats: usize) -> Result<()> {
+    set_num_threads(threads as i32);
     let kind = parse_kind(dtype)?.kind(Device::Cpu);
     let pretrained = Pretrained::open(model_path()?)?;
     let model = CausalLm::load(&pretrained, Device::Cpu, kind)?;
@@ -104,8 +189,10 @@ fn once(dtype: &str, repeats: usize) -> Result<()> {
         let rates = (0..repeats).map(|_| rate()).collect::<Result<Vec<f64>>>()?;
         result[format!("decode_tokens_per_s_batch_{batch}")] = median(rates).into();
     }
-    let rates = (0..repeats).map(|_| Ok(PREFILL as f64 / run(1, PREFILL, 1)?)).collect::<Result<Vec<f64>>>()?;
-    result["prefill_tokens_per_s"] = median(rates).into();
+    for length in PREFILL {
+        let rates = (0..repeats).map(|_| Ok(length as f64 / run(1, length, 1)?)).collect::<Result<Vec<f64>>>()?;
+        result[format!("prefill_{length}_tokens_per_s")] = median(rates).into();
+    }
     result["peak_rss_bytes"] = json!(peak_memory_bytes());
     println!("{result}");
     Ok(())

@@ -1,10 +1,13 @@
 //! `cargo xtask bench sft [--peers]`: tokens per second, peak memory and start-up of LoRA fine-tuning.
 //!
-//! Each measurement is a process of its own, so that peak memory is its own; ours and the peer's alternate.
+//! Each measurement is a process of its own, so that peak memory is its own; ours and the peer's alternate, and medians
+//! over the rounds close the record.
 
 use anyhow::Result;
 use clap::Parser;
-use pt_benches::{Record, json_of, matmul_roof, model_path, peer_model, process_age, ratios, rows, step_flops};
+use pt_benches::{
+    Record, json_of, matmul_roof, medians, model_path, peer_model, process_age, ratios, rows, step_flops,
+};
 use pt_model::{CausalLm, PackedBatch, Pretrained, RunOptions, Sites};
 use pt_peft::{Adapter, LoraAdapter, LoraConfig};
 use pt_tensor::{AdamW, Device, Kind, LabelLogprobs, Tensor, clip_grad_norm_, parse_kind, peak_memory_bytes};
@@ -24,7 +27,7 @@ struct Args {
     #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u64).range(1..))]
     steps: u64,
     /// Rounds of ours and the peer's.
-    #[arg(long, default_value_t = 2)]
+    #[arg(long, default_value_t = 3)]
     rounds: usize,
     /// Only f32 or bf16.
     #[arg(long)]
@@ -56,20 +59,27 @@ fn main() -> Result<()> {
         if args.dtype.as_deref().is_some_and(|only| only != dtype) {
             continue;
         }
+        let (mut ours, mut theirs) = (Vec::new(), Vec::new());
         for round in 0..args.rounds {
             let steps = args.steps.to_string();
             let own =
                 json_of(Command::new(std::env::current_exe()?).args(["--once", "--dtype", dtype, "--steps", &steps]))?;
             record.add(json!({"tool": "pt", "dtype": dtype, "round": round, "measured": own}));
+            ours.push(own);
             if let Some(python) = &args.peers {
                 let model = peer_model(python, &scripts)?;
                 let mut command = Command::new(python);
                 command.arg(scripts.join("sft_trl.py")).arg("--model").arg(model).arg("--data").arg(&data);
                 let peer = json_of(command.args(["--dtype", torch_dtype, "--steps", &(args.steps + 1).to_string()]))?;
-                let ratios = ratios(&own, &peer);
                 record.add(json!({"tool": "trl", "dtype": dtype, "round": round, "measured": peer}));
-                record.add(json!({"ratio": "pt / trl", "dtype": dtype, "round": round, "measured": ratios}));
+                theirs.push(peer);
             }
+        }
+        let (own, peer) = (medians(&ours), medians(&theirs));
+        record.add(json!({"median": "pt", "dtype": dtype, "measured": own}));
+        if !theirs.is_empty() {
+            record.add(json!({"ratio": "pt / trl", "dtype": dtype, "measured": ratios(&own, &peer)}));
+            record.add(json!({"median": "trl", "dtype": dtype, "measured": peer}));
         }
     }
     record.save()
