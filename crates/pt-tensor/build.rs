@@ -12,6 +12,10 @@ fn main() {
     }
     println!("cargo:rerun-if-env-changed=LIBTORCH");
     println!("cargo:rerun-if-env-changed=LIBTORCH_USE_PYTORCH");
+    if let Some(given) = env::var_os("LIBTORCH") {
+        // As in link_libtorch.rs: the time of a link counts, so pointing `.libtorch` elsewhere compiles the shim anew.
+        println!("cargo:rerun-if-changed={}", PathBuf::from(given).display());
+    }
     let Some(prefix) = libtorch_prefix() else {
         println!(
             "cargo:warning=no libtorch found: run `cargo xtask setup`, or set LIBTORCH to a prefix with lib/ and include/"
