@@ -61,14 +61,17 @@ pub(crate) fn answers(
     what: &str,
 ) -> Result<Vec<String>> {
     let config = GenerateConfig { max_new_tokens, stop_ids: encoder.stop_ids().to_vec(), ..Default::default() };
-    let bar = talk::bar(prompts.len() as u64, what);
-    let mut answers = Vec::new();
+    let mut work = talk::Work::new(what, prompts.len(), "prompts");
+    let (mut answers, mut num_tokens) = (Vec::new(), 0);
     for batch in prompts.chunks(16) {
-        for row in generate(model, Some(encoder.tokenizer), batch, &config, sites, |_, _| true)? {
-            answers.push(row.text.unwrap_or_default().trim().to_string());
-        }
-        bar.inc(batch.len() as u64);
+        let rows = generate(model, Some(encoder.tokenizer), batch, &config, sites, |_, _| {
+            num_tokens += 1;
+            work.note(format!("{num_tokens} tokens"));
+            true
+        })?;
+        answers.extend(rows.into_iter().map(|row| row.text.unwrap_or_default().trim().to_string()));
+        work.set(answers.len());
     }
-    bar.finish_and_clear();
+    work.finish();
     Ok(answers)
 }

@@ -1,6 +1,7 @@
 //! One run of fine-tuning, from checked rows to the report; `pt sft` and `pt demo` run the same.
 
 use crate::answers::{Question, answers, questions};
+use crate::interrupts;
 use crate::open::no_tokenizer;
 use crate::run_command::RunCommand;
 use crate::talk;
@@ -18,8 +19,6 @@ use pt_train::sft::{Ending, Evaluation, Observer, Outcome, SftConfig, StepRecord
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 /// Tokens of a sample answer: enough to judge it, few enough for a CPU.
@@ -38,8 +37,10 @@ pub(crate) struct Job {
     pub(crate) resume: bool,
     /// Held-out prompts that are answered before and after.
     pub(crate) num_samples: usize,
-    /// Kept in the run's folder, for a caller whose command can be restored from it.
+    /// Kept in the run's folder: from it `pt sft --resume` restores the command.
     pub(crate) command: Option<RunCommand>,
+    /// Files kept beside it, by name: rows that stand nowhere else.
+    pub(crate) files: Vec<(&'static str, String)>,
     /// What to type to go on after an interrupt.
     pub(crate) again: String,
 }
@@ -95,6 +96,7 @@ impl Job {
                 self.config.data.max_length
             )));
         }
+        eprintln!("checking {} rows", self.rows.len() + self.eval_rows.len());
         let train = preflight(&self.rows, &encoder, &self.config.data)?;
         eprintln!("{}", train.summary.to_text());
         for example in train.examples(&self.rows, &encoder, talk::is_terminal()) {
@@ -132,8 +134,12 @@ impl Job {
             true => RunDir::open(&self.output)?,
             false => RunDir::create(&self.output, &to_yaml(&self.config)?)?,
         };
+        interrupts::can_continue_with(&self.again);
         let keep = || -> Result<()> {
             run.save_config(&to_yaml(&self.config)?)?;
+            for (name, text) in &self.files {
+                write_atomic(&run.root().join(name), text.as_bytes())?;
+            }
             self.command.as_ref().map_or(Ok(()), |command| command.save(run.root()))
         };
         let mut progress = Progress::default();
@@ -168,9 +174,10 @@ impl Job {
             }
         };
         let trained = Trained { model, sites: sites.clone(), parameters, save: Box::new(save) };
-        let stop = Arc::new(AtomicBool::new(false));
-        watch_interrupts(stop.clone());
-        let outcome = train(&trained, checked.train.groups, eval_groups, &self.config, &run, &stop, &mut progress)?;
+        let groups = checked.train.groups;
+        let outcome = interrupts::while_training(|stop| {
+            train(&trained, groups, eval_groups, &self.config, &run, stop, &mut progress)
+        })?;
         progress.finish();
         progress.kept.take().transpose()?;
         drop(progress);
@@ -248,7 +255,10 @@ impl Job {
         {
             return Ok(kept);
         }
-        let held_out = evaluate(model, sites, eval_groups, self.config.batch.max_tokens.unwrap_or(4096))?;
+        let mut work = talk::Work::new("held-out loss before training", eval_groups.len(), "rows");
+        let max_tokens = self.config.batch.max_tokens.unwrap_or(4096);
+        let held_out = evaluate(model, sites, eval_groups, max_tokens, |done| work.set(done))?;
+        work.finish();
         eprintln!(
             "held out before training: loss {:.4}, token accuracy {:.1} %",
             held_out.loss,
@@ -366,18 +376,6 @@ pub(crate) fn save_model(
     Ok(())
 }
 
-/// The first Ctrl-C asks for a stop after the step; a second one ends at once.
-fn watch_interrupts(stop: Arc<AtomicBool>) {
-    let handler = move || {
-        if stop.swap(true, Ordering::Relaxed) {
-            std::process::exit(130);
-        }
-        eprintln!("\nstopping after this step and saving; Ctrl-C again ends at once");
-    };
-    // A second run in one process keeps the first handler, which is fine for a command-line tool.
-    let _ = ctrlc::set_handler(handler);
-}
-
 /// Keeps a resumed run's settings once a step was done with them: those that its checkpoint refuses are not kept.
 type Keep<'a> = Box<dyn FnOnce() -> Result<()> + 'a>;
 
@@ -426,6 +424,16 @@ impl Observer for Progress<'_> {
                 "step {}/{}  loss {:.4}  grad norm {:.3}  lr {:.2e}  {:.0} tokens/s",
                 record.step, record.total_steps, record.loss, record.grad_norm, record.learning_rate, self.speed
             ));
+        }
+    }
+
+    fn on_evaluating(&mut self, step: u64, done: usize, total: usize) {
+        if let Some(bar) = &self.bar {
+            bar.set_message(format!("evaluating {done}/{total}"));
+        }
+        if !talk::is_terminal() && self.last_line.is_none_or(|at| at.elapsed().as_secs() >= 10) {
+            self.last_line = Some(Instant::now());
+            eprintln!("step {step}: evaluating {done}/{total}");
         }
     }
 

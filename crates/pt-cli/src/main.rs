@@ -2,7 +2,9 @@
 #![forbid(unsafe_code)]
 
 mod answers;
+mod checkpoints;
 mod commands;
+mod interrupts;
 mod job;
 mod open;
 mod run_command;

@@ -1,6 +1,7 @@
 //! Opening models and adapters as the flags say; shared by the commands.
 
-use crate::talk::{self, Refused, Usage};
+use crate::checkpoints::adapter_folder;
+use crate::talk::{self, Misused, Refused, Usage};
 use anyhow::Result;
 use clap::Args;
 use pt_model::{Bare, CausalLm, ModelError, Pretrained, Sites};
@@ -22,7 +23,7 @@ pub(crate) struct ModelArgs {
     /// A Hugging Face folder, a .gguf file, or a name that `pt models` lists.
     #[arg(long)]
     pub(crate) model: String,
-    /// An adapter folder in PEFT's format.
+    /// An adapter folder in PEFT's format, or a run of `pt sft`, for the adapter of its best (else last) checkpoint.
     #[arg(long)]
     pub(crate) adapter: Option<PathBuf>,
     /// auto, cpu, cuda, cuda:N or mps.
@@ -84,6 +85,11 @@ impl ModelArgs {
         }
     }
 
+    /// The folder of the adapter, where one is asked for.
+    pub(crate) fn adapter_folder(&self) -> Result<Option<PathBuf>> {
+        self.adapter.as_deref().map(adapter_folder).transpose()
+    }
+
     pub(crate) fn pretrained(&self) -> Result<Pretrained> {
         Ok(Pretrained::open(self.path()?)?)
     }
@@ -93,9 +99,10 @@ impl ModelArgs {
         // Training keeps f32 masters beside bf16; an answer has nothing to fall back on, and a small model's best
         // and second best token lie closer than bf16 tells apart.
         let kind = if self.dtype == "auto" && device == Device::Cpu { Kind::Float } else { self.kind()? };
+        let adapter = self.adapter_folder()?;
         let pretrained = self.pretrained()?;
         let model = CausalLm::load(&pretrained, device, kind)?;
-        let sites: Rc<dyn Sites> = match &self.adapter {
+        let sites: Rc<dyn Sites> = match &adapter {
             Some(folder) => Rc::new(LoraAdapter::load(folder, &model)?),
             None => Rc::new(Bare),
         };
@@ -128,6 +135,35 @@ impl DataArgs {
     }
 }
 
+/// Where the results of a command go.
+#[derive(Args, Debug, Clone)]
+pub(crate) struct OutputArgs {
+    /// File for the results, one JSON line per row in order; stdout when absent. A file that holds something is not
+    /// overwritten, unless --overwrite says so.
+    #[arg(long)]
+    output: Option<PathBuf>,
+    /// Replace the file in --output.
+    #[arg(long, requires = "output")]
+    overwrite: bool,
+}
+
+impl OutputArgs {
+    /// Checks at once that the file can be written, not after the work.
+    pub(crate) fn open(&self) -> Result<Lines> {
+        let Some(path) = self.output.as_deref() else { return Ok(Lines::Stdout) };
+        // Through a link, too. What is empty (a file that `mktemp` made, say) holds nothing to lose.
+        let holds_something = std::fs::metadata(path).is_ok_and(|file| file.is_file() && file.len() > 0);
+        if holds_something && !self.overwrite {
+            return Err(Misused {
+                message: format!("{} already exists", path.display()),
+                hint: "choose another --output, or replace it with --overwrite".into(),
+            }
+            .into());
+        }
+        Lines::to_file(path)
+    }
+}
+
 /// Where JSON lines go.
 pub(crate) enum Lines {
     /// Stdout, line by line.
@@ -139,9 +175,7 @@ pub(crate) enum Lines {
 }
 
 impl Lines {
-    /// Checks at once that the file can be written, not after the work.
-    pub(crate) fn new(path: Option<&Path>) -> Result<Self> {
-        let Some(path) = path else { return Ok(Self::Stdout) };
+    fn to_file(path: &Path) -> Result<Self> {
         let refused = |source| TrainError::Write { path: path.to_path_buf(), source };
         if path.is_dir() {
             return Err(refused(std::io::ErrorKind::IsADirectory.into()).into());

@@ -10,6 +10,7 @@ use pt_train::TrainError;
 use std::fmt::Display;
 use std::io::{ErrorKind, IsTerminal, Write};
 use std::process::ExitCode;
+use std::time::{Duration, Instant};
 
 /// A mistake in how the command was called: exit code 2 instead of 1.
 #[derive(Debug)]
@@ -22,6 +23,14 @@ impl std::fmt::Display for Usage {
 }
 
 impl std::error::Error for Usage {}
+
+/// Such a mistake with a remedy of its own.
+#[derive(Debug, thiserror::Error)]
+#[error("{message}")]
+pub(crate) struct Misused {
+    pub(crate) message: String,
+    pub(crate) hint: String,
+}
 
 /// What a command refuses for a reason of its own, with what to do about it: exit code 1.
 #[derive(Debug, thiserror::Error)]
@@ -68,7 +77,9 @@ pub(crate) fn report(error: &anyhow::Error) -> ExitCode {
         eprintln!("  hint: {hint}");
     }
     let is_usage = error.chain().any(|e| {
-        e.is::<Usage>() || matches!(e.downcast_ref(), Some(TrainError::UnknownKey { .. } | TrainError::Config { .. }))
+        e.is::<Usage>()
+            || e.is::<Misused>()
+            || matches!(e.downcast_ref(), Some(TrainError::UnknownKey { .. } | TrainError::Config { .. }))
     });
     ExitCode::from(if is_usage { 2 } else { 1 })
 }
@@ -79,6 +90,9 @@ fn hint(cause: &(dyn std::error::Error + 'static)) -> Option<String> {
     }
     if cause.is::<Usage>() {
         return Some("`pt help COMMAND` shows the options; `pt sft --print-config` the fields and their values".into());
+    }
+    if let Some(misused) = cause.downcast_ref::<Misused>() {
+        return Some(misused.hint.clone());
     }
     if let Some(refused) = cause.downcast_ref::<Refused>() {
         return Some(refused.hint.clone());
@@ -93,6 +107,60 @@ fn hint(cause: &(dyn std::error::Error + 'static)) -> Option<String> {
         return error.hint();
     }
     cause.downcast_ref::<TensorError>().and_then(TensorError::hint)
+}
+
+/// Progress of one piece of work: a bar on a terminal; elsewhere its name at the start and a line every ten seconds.
+pub(crate) struct Work {
+    bar: ProgressBar,
+    what: String,
+    note: String,
+    last_line: Instant,
+}
+
+impl Work {
+    /// Begins `what`, which consists of `total` of `unit`.
+    pub(crate) fn new(what: &str, total: usize, unit: &str) -> Self {
+        let bar = bar(total as u64, unit);
+        if is_terminal() {
+            bar.set_message(what.to_string());
+            bar.enable_steady_tick(Duration::from_secs(1));
+        } else if total > 1 {
+            eprintln!("{what}: {total} {unit}");
+        }
+        Self { bar, what: what.to_string(), note: String::new(), last_line: Instant::now() }
+    }
+
+    /// `done` of the total are done.
+    pub(crate) fn set(&mut self, done: usize) {
+        self.bar.set_position(done as u64);
+        self.tell();
+    }
+
+    /// One more is done.
+    pub(crate) fn advance(&mut self) {
+        self.bar.inc(1);
+        self.tell();
+    }
+
+    /// What else there is to say about the work at this moment.
+    pub(crate) fn note(&mut self, note: String) {
+        self.bar.set_message(format!("{}  {note}", self.what));
+        self.note = note;
+        self.tell();
+    }
+
+    fn tell(&mut self) {
+        if !is_terminal() && self.last_line.elapsed() >= Duration::from_secs(10) {
+            self.last_line = Instant::now();
+            let total = self.bar.length().unwrap_or(0);
+            eprintln!("{}: {}/{total}  {}", self.what, self.bar.position(), self.note);
+        }
+    }
+
+    /// Takes the bar off the screen.
+    pub(crate) fn finish(self) {
+        self.bar.finish_and_clear();
+    }
 }
 
 /// A bar on a terminal; nothing drawn elsewhere, where callers print plain lines.

@@ -1,13 +1,14 @@
 //! LoRA's settings, and `adapter_config.json` as PEFT 0.21 writes it.
 
 use crate::{PeftError, Result};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 use std::collections::BTreeMap;
 use std::path::Path;
 
 /// Modules by name or by pattern, as PEFT takes them.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(untagged)]
 pub enum Modules {
     /// A regular expression that the whole path must match; `all-linear` stands for every linear layer but the
@@ -37,7 +38,7 @@ impl Modules {
 }
 
 /// LoRA (Hu et al. 2021, <https://arxiv.org/abs/2106.09685>): y = x·Wᵀ + scaling · dropout(x)·Aᵀ·Bᵀ.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct LoraConfig {
     /// Rank of the update, at least 1.

@@ -1,11 +1,12 @@
 //! AdamW and gradient clipping.
 
 use crate::{Result, TensorError};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor, no_grad};
 
 /// Settings of [`AdamW`]; the defaults are PyTorch's, with no weight decay as in the trainers people come from.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct AdamWConfig {
     /// Decay of the first moment.

@@ -1,7 +1,10 @@
 //! Reading a run's configuration: YAML, single fields from the command line, names that nearly fit.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 
+use schemars::JsonSchema;
+use schemars::generate::SchemaSettings;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_yaml_ng::{Mapping, Value};
@@ -72,6 +75,89 @@ pub fn load_config<T: DeserializeOwned + Default>(path: Option<&Path>, sets: &[(
 pub fn to_yaml(config: &impl Serialize) -> Result<String> {
     serde_yaml_ng::to_string(config)
         .map_err(|error| TrainError::Config { place: "configuration".into(), message: error.to_string() })
+}
+
+/// As [`to_yaml`], each field under the text of its doc comment: what `--print-config` shows.
+///
+/// # Errors
+/// As [`to_yaml`].
+///
+/// # Example
+/// ```
+/// use pt_train::config::to_commented_yaml;
+/// use pt_train::schedule::ScheduleConfig;
+/// let yaml = to_commented_yaml(&ScheduleConfig::default())?;
+/// assert!(yaml.starts_with("# `constant`, `linear`, `cosine` or `wsd`.\nkind: cosine\n"));
+/// # Ok::<(), pt_train::TrainError>(())
+/// ```
+pub fn to_commented_yaml<T: Serialize + JsonSchema>(config: &T) -> Result<String> {
+    let docs = field_docs::<T>();
+    let mut text = String::new();
+    // The names on the way to the line at hand, with the columns that they start at.
+    let mut path: Vec<(usize, &str)> = Vec::new();
+    let yaml = to_yaml(config)?;
+    for line in yaml.lines() {
+        let column = line.len() - line.trim_start().len();
+        if let Some((name, _)) = line.trim_start().split_once(':').filter(|(name, _)| !name.starts_with("- ")) {
+            path.retain(|(start, _)| *start < column);
+            path.push((column, name));
+            let dotted = path.iter().map(|(_, name)| *name).collect::<Vec<_>>().join(".");
+            if let Some(doc) = docs.get(&dotted) {
+                let indent = " ".repeat(column);
+                text.extend(wrapped(doc, 100).iter().map(|part| format!("{indent}# {part}\n")));
+            }
+        }
+        text.push_str(line);
+        text.push('\n');
+    }
+    Ok(text)
+}
+
+/// Every field with its default and its doc comment, two lines or more each: for `--help`.
+pub fn fields_text<T: Default + Serialize + JsonSchema>() -> String {
+    let docs = field_docs::<T>();
+    let mut text = String::new();
+    for (name, value) in flatten(&T::default()) {
+        text += &format!("  {name}={value}\n");
+        let doc = docs.get(&name).map_or("", String::as_str);
+        text.extend(wrapped(doc, 84).iter().map(|line| format!("          {line}\n")));
+    }
+    text
+}
+
+/// Doc comments of a configuration's fields and sections, by dotted name, each as one line.
+pub fn field_docs<T: JsonSchema>() -> BTreeMap<String, String> {
+    fn walk(prefix: &str, schema: &serde_json::Value, docs: &mut BTreeMap<String, String>) {
+        for (name, field) in schema["properties"].as_object().into_iter().flatten() {
+            let path = if prefix.is_empty() { name.clone() } else { format!("{prefix}.{name}") };
+            if let Some(text) = field["description"].as_str() {
+                docs.insert(path.clone(), text.split_whitespace().collect::<Vec<_>>().join(" "));
+            }
+            walk(&path, field, docs);
+        }
+        // An optional section is one of itself and null.
+        schema["anyOf"].as_array().into_iter().flatten().for_each(|choice| walk(prefix, choice, docs));
+    }
+    let mut settings = SchemaSettings::default();
+    settings.inline_subschemas = true;
+    let mut docs = BTreeMap::new();
+    walk("", settings.into_generator().into_root_schema_for::<T>().as_value(), &mut docs);
+    docs
+}
+
+/// Lines of at most `width` characters, where no word is longer.
+fn wrapped(text: &str, width: usize) -> Vec<String> {
+    let mut lines: Vec<String> = Vec::new();
+    for word in text.split_whitespace() {
+        match lines.last_mut().filter(|line| line.chars().count() + word.chars().count() < width) {
+            Some(line) => {
+                line.push(' ');
+                line.push_str(word);
+            }
+            None => lines.push(word.to_owned()),
+        }
+    }
+    lines
 }
 
 /// Splits `key=value`, as the command line gives it.
@@ -246,6 +332,23 @@ mod tests {
         assert!(load("", &[("peft..rank", "1")]).is_err() && load("", &[("name.x", "1")]).is_err());
         assert!(parse_set("rank").is_err());
         assert_eq!(parse_set("a.b=c=d").expect("good"), ("a.b".into(), "c=d".into()));
+    }
+
+    #[test]
+    fn every_field_of_fine_tuning_has_a_line_of_help() {
+        use crate::sft::SftConfig;
+        let docs = field_docs::<SftConfig>();
+        for (name, _) in flatten(&SftConfig::default()) {
+            assert!(docs.contains_key(&name), "{name}");
+        }
+        for section in ["schedule", "adamw", "batch", "data", "lora"] {
+            assert!(docs.contains_key(section), "{section}");
+        }
+        let yaml = to_commented_yaml(&SftConfig::default()).expect("serialises");
+        assert!(yaml.contains("\n  # Rank of the update, at least 1.\n  rank: 16\n"), "{yaml}");
+        let again: SftConfig = serde_yaml_ng::from_str(&yaml).expect("comments are no values");
+        assert_eq!(again, SftConfig::default());
+        assert_eq!(wrapped("ab cd efghijk", 5), ["ab cd", "efghijk"]);
     }
 
     #[test]

@@ -312,7 +312,10 @@ impl TrainError {
             Self::UnknownKey { known, .. } if !known.is_empty() => format!("known keys here: {}", known.join(", ")),
             Self::UnknownKey { .. } => "see --help for the keys".into(),
             Self::Config { .. } => "see --help for the fields and their values".into(),
-            Self::RunExists { .. } => "continue it with --resume, or choose another --output".into(),
+            Self::RunExists { found, .. } if found.contains("run") => {
+                "continue it with --resume, or choose another --output".into()
+            }
+            Self::RunExists { .. } => "choose another --output: a run makes its own folder".into(),
             Self::NotARun { .. } => "start the run without --resume".into(),
             Self::StateMismatch { .. } => {
                 "resume with the settings that the run began with (its config.yaml), or start a new run".into()

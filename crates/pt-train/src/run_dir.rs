@@ -54,6 +54,18 @@ impl RunDir {
     /// # Errors
     /// [`TrainError::RunExists`] when the folder holds anything; [`TrainError::Write`].
     pub fn create(root: &Path, config_yaml: &str) -> Result<Self> {
+        Self::check_free(root)?;
+        let run = Self { root: root.to_path_buf() };
+        std::fs::create_dir_all(run.checkpoints()).map_err(TrainError::write(root))?;
+        run.save_config(config_yaml)?;
+        Ok(run)
+    }
+
+    /// What [`create`](Self::create) would refuse, told before anything is loaded. Leaves nothing behind.
+    ///
+    /// # Errors
+    /// [`TrainError::RunExists`] when the folder holds anything; [`TrainError::Write`] when it could not be made.
+    pub fn check_free(root: &Path) -> Result<()> {
         if root.is_file() {
             return Err(TrainError::RunExists { path: root.to_path_buf(), found: "is a file, expected a folder" });
         }
@@ -71,10 +83,14 @@ impl RunDir {
                 return Err(TrainError::RunExists { path: root.to_path_buf(), found: "is not empty" });
             }
         }
-        let run = Self { root: root.to_path_buf() };
-        std::fs::create_dir_all(run.checkpoints()).map_err(TrainError::write(root))?;
-        run.save_config(config_yaml)?;
-        Ok(run)
+        // The folder itself, or the nearest above it that stands: whatever is to be made will be made in there.
+        let stands = root.ancestors().find(|folder| folder.symlink_metadata().is_ok());
+        let place = stands.filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        if !place.is_dir() {
+            return Err(TrainError::write(root)(io::ErrorKind::NotADirectory.into()));
+        }
+        tempfile::tempfile_in(place).map_err(TrainError::write(root))?;
+        Ok(())
     }
 
     /// Opens a run to continue or to read, and removes what an interrupted write left.

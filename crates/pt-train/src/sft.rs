@@ -11,6 +11,7 @@ use pt_model::{CausalLm, PackedBatch, RunOptions, Sites};
 use pt_peft::LoraConfig;
 use pt_tensor::io::{SafetensorsReader, save_safetensors};
 use pt_tensor::{AdamWConfig, Device, LabelLogprobs, Tensor, no_grad, peak_memory_bytes};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use std::path::Path;
 use std::rc::Rc;
@@ -18,7 +19,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 /// Settings of the training loop. Defaults are those of LoRA training in the literature.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct SftConfig {
     /// Passes over the data; ignored when `max_steps` is set.
@@ -106,6 +107,12 @@ impl SftConfig {
             }),
             _ => Ok(()),
         }
+    }
+
+    /// Optimizer steps of a run over `num_rows` rows.
+    pub fn total_steps(&self, num_rows: usize) -> u64 {
+        let steps_per_epoch = num_rows.div_ceil(self.batch.rows_per_step().max(1));
+        self.max_steps.unwrap_or_else(|| (self.epochs * steps_per_epoch as f64).ceil() as u64)
     }
 
     fn faults(&self) -> Vec<String> {
@@ -203,10 +210,45 @@ pub struct Evaluation {
     pub num_labels: u64,
 }
 
+/// How far a run has come, as its last checkpoint says.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Standing {
+    /// Steps done.
+    pub steps: u64,
+    /// Steps that the configuration asks for.
+    pub total_steps: u64,
+    /// The held-out loss did not get better any more.
+    pub is_early_stopped: bool,
+}
+
+impl Standing {
+    /// Whether [`train`] would do no further step.
+    pub fn is_complete(&self) -> bool {
+        self.steps >= self.total_steps || self.is_early_stopped
+    }
+}
+
+/// How far `run` has come with these rows and settings; `None` before its first checkpoint.
+///
+/// # Errors
+/// [`TrainError::Config`] when its checkpoint was trained on other rows, [`TrainError::Read`], [`TrainError::NotARun`].
+pub fn standing(run: &RunDir, train_groups: &[PromptGroup], config: &SftConfig) -> Result<Option<Standing>> {
+    let Some((_, folder)) = run.latest()? else { return Ok(None) };
+    let state = TrainerState::load(&folder)?;
+    state.check_rows(&folder, &fingerprint(train_groups))?;
+    Ok(Some(Standing {
+        steps: state.step,
+        total_steps: config.total_steps(train_groups.len()),
+        is_early_stopped: state.is_out_of_patience(config),
+    }))
+}
+
 /// Hears what a run does.
 pub trait Observer {
     /// A step is done.
     fn on_step(&mut self, _record: &StepRecord) {}
+    /// `done` of the `total` held-out rows are evaluated.
+    fn on_evaluating(&mut self, _step: u64, _done: usize, _total: usize) {}
     /// An evaluation is done; `is_best` says whether its loss is the lowest so far.
     fn on_evaluation(&mut self, _step: u64, _evaluation: &Evaluation, _is_best: bool) {}
 }
@@ -262,13 +304,31 @@ impl TrainerState {
         self.best_step.zip(self.best_loss).map(|(step, loss)| BestCheckpoint { step, loss })
     }
 
+    fn load(checkpoint: &Path) -> Result<Self> {
+        let path = checkpoint.join("trainer_state.json");
+        let text = std::fs::read(&path).map_err(TrainError::read(&path))?;
+        serde_json::from_slice(&text)
+            .map_err(|e| TrainError::NotARun { path: path.clone(), message: format!("is damaged: {e}") })
+    }
+
+    /// That the rows at hand are those which the checkpoint in `folder` was trained on.
+    fn check_rows(&self, folder: &Path, fingerprint: &str) -> Result<()> {
+        if self.data_fingerprint == fingerprint {
+            return Ok(());
+        }
+        Err(TrainError::Config {
+            place: folder.display().to_string(),
+            message: "was saved with other training rows: resume with the same data, or start a new run".into(),
+        })
+    }
+
     fn is_out_of_patience(&self, config: &SftConfig) -> bool {
         config.early_stopping.is_some_and(|patience| self.evaluations_without_gain >= patience)
     }
 }
 
 /// Mean −log p of the labels of `groups`, without a graph and without dropout, in micro-batches of at most
-/// `max_tokens`.
+/// `max_tokens`. `watch` hears after each of them how many groups are done.
 ///
 /// # Errors
 /// [`TrainError::Config`] when there is no label, [`TrainError::NonFinite`] with the row (`step` is 0).
@@ -277,8 +337,9 @@ pub fn evaluate(
     sites: &Rc<dyn Sites>,
     groups: &[PromptGroup],
     max_tokens: usize,
+    mut watch: impl FnMut(usize),
 ) -> Result<Evaluation> {
-    evaluate_at(0, model, sites, groups, max_tokens)
+    evaluate_at(0, model, sites, groups, max_tokens, &mut watch)
 }
 
 fn evaluate_at(
@@ -287,9 +348,10 @@ fn evaluate_at(
     sites: &Rc<dyn Sites>,
     groups: &[PromptGroup],
     max_tokens: usize,
+    watch: &mut dyn FnMut(usize),
 ) -> Result<Evaluation> {
     let was_training = sites.set_training(false);
-    let evaluation = score(step, model, sites, groups, max_tokens);
+    let evaluation = score(step, model, sites, groups, max_tokens, watch);
     sites.set_training(was_training);
     evaluation
 }
@@ -300,10 +362,11 @@ fn score(
     sites: &Rc<dyn Sites>,
     groups: &[PromptGroup],
     max_tokens: usize,
+    watch: &mut dyn FnMut(usize),
 ) -> Result<Evaluation> {
     let indices: Vec<usize> = (0..groups.len()).collect();
     let batches = crate::data::packing::split_by_tokens(&indices, Some(max_tokens), |row| groups[row].num_tokens());
-    let (mut sum, mut correct, mut count) = (0.0, 0.0, 0);
+    let (mut sum, mut correct, mut count, mut num_done) = (0.0, 0.0, 0, 0);
     no_grad(|| -> Result<()> {
         for rows in batches {
             let chunk: Vec<PromptGroup> = rows.iter().map(|&row| groups[row].clone()).collect();
@@ -320,6 +383,8 @@ fn score(
             sum -= logprob;
             correct += out.is_top1.sum(pt_tensor::Kind::Double).double_value(&[]);
             count += batch.num_labels();
+            num_done += rows.len();
+            watch(num_done);
         }
         Ok(())
     })?;
@@ -348,11 +413,8 @@ pub fn train(
 ) -> Result<Outcome> {
     config.validate_with(!eval_groups.is_empty())?;
     let fingerprint = fingerprint(&train_groups);
+    let total_steps = config.total_steps(train_groups.len());
     let mut batches = Batches::new(train_groups, config.batch.clone())?;
-    let total_steps = match config.max_steps {
-        Some(steps) => steps,
-        None => (config.epochs * batches.windows_per_epoch() as f64).ceil() as u64,
-    };
     let schedule = config.schedule.build(total_steps as usize)?;
     let mut optimization = Optimization::new(
         trained.parameters.iter().map(|(n, t)| (n.clone(), t.shallow_clone())).collect(),
@@ -366,12 +428,7 @@ pub fn train(
     let mut state = TrainerState { data_fingerprint: fingerprint.clone(), ..Default::default() };
     if let Some((_, folder)) = run.latest()? {
         state = load_state(&folder, &mut optimization)?;
-        if state.data_fingerprint != fingerprint {
-            return Err(TrainError::Config {
-                place: folder.display().to_string(),
-                message: "was saved with other training rows: resume with the same data, or start a new run".into(),
-            });
-        }
+        state.check_rows(&folder, &fingerprint)?;
         batches.seek(state.cursor)?;
         // A crash may have come between the best checkpoint and the note that it is the best.
         if let Some(best) = state.best().filter(|best| run.checkpoint_path(best.step).is_dir()) {
@@ -444,7 +501,8 @@ pub fn train(
         let is_last = step == total_steps;
         let mut is_best = false;
         if !eval_groups.is_empty() && (is_last || (config.eval_every > 0 && step.is_multiple_of(config.eval_every))) {
-            let evaluation = evaluate_at(step, trained.model, &trained.sites, eval_groups, eval_tokens)?;
+            let mut watch = |done| observer.on_evaluating(step, done, eval_groups.len());
+            let evaluation = evaluate_at(step, trained.model, &trained.sites, eval_groups, eval_tokens, &mut watch)?;
             let values = [(names::EVAL_LOSS, evaluation.loss), (names::EVAL_ACCURACY, evaluation.accuracy)];
             metrics.write(step, &values)?;
             events.scalars(step, &values)?;
@@ -499,10 +557,7 @@ fn save_checkpoint(
 }
 
 fn load_state(folder: &Path, optimization: &mut Optimization) -> Result<TrainerState> {
-    let path = folder.join("trainer_state.json");
-    let text = std::fs::read(&path).map_err(TrainError::read(&path))?;
-    let state = serde_json::from_slice(&text)
-        .map_err(|e| TrainError::NotARun { path: path.clone(), message: format!("is damaged: {e}") })?;
+    let state = TrainerState::load(folder)?;
     let reader = SafetensorsReader::open(folder.join("trainer_state.safetensors"))?;
     optimization.load_state(reader.names().filter(|name| *name != RANDOM), |name| reader.tensor(name, Device::Cpu))?;
     pt_tensor::random::set_state(&reader.tensor(RANDOM, Device::Cpu)?)?;

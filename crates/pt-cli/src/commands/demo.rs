@@ -1,17 +1,20 @@
 //! `pt demo`: the main job on a real model and real data, measured before and after.
 
 use crate::answers::answers;
+use crate::interrupts;
 use crate::job::Job;
+use crate::run_command::{RunCommand, absolute, dtype_name};
 use crate::talk::say;
 use anyhow::{Context, Result};
 use pt_model::{Bare, CausalLm, Pretrained, Sites};
-use pt_tensor::{parse_device, parse_kind};
+use pt_tensor::{Kind, parse_device, parse_kind};
 use pt_train::Origin;
 use pt_train::data::{Encode, Message, Row, RowContent, Text};
 use pt_train::encoder::ModelEncoder;
 use pt_train::report::{Better, Headline, Sample};
+use pt_train::run_dir::RunDir;
 use pt_train::sft::{Ending, SftConfig};
-use serde_json::Value;
+use serde_json::{Value, json};
 use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -59,6 +62,10 @@ struct SftArgs {
     #[arg(long)]
     resume: bool,
 }
+
+/// Where the run keeps its rows.
+const TRAINING: &str = "train.jsonl";
+const HELD_OUT: &str = "held_out.jsonl";
 
 pub(crate) fn run(args: Args) -> Result<ExitCode> {
     match args.demo {
@@ -127,6 +134,14 @@ fn row(question: &Question, index: usize) -> Row {
     }
 }
 
+/// The same rows as a file of `--data`.
+fn json_lines(questions: &[&Question]) -> String {
+    let turn = |role: &str, text: &str| json!([{"role": role, "content": text}]);
+    let line =
+        |q: &&Question| json!({"prompt": turn("user", &q.prompt), "completion": turn("assistant", &q.answers[0])});
+    questions.iter().map(|question| format!("{}\n", line(question))).collect()
+}
+
 /// SQuAD's normalisation: lower case, no punctuation, no articles, single spaces.
 fn normalise(text: &str) -> Vec<String> {
     let text: String = text.to_lowercase().chars().filter(|c| !c.is_ascii_punctuation()).collect();
@@ -179,6 +194,12 @@ fn answer(
 }
 
 fn sft(args: SftArgs) -> Result<ExitCode> {
+    interrupts::watch();
+    // Before anything is loaded, and before the answers of the untrained model.
+    match args.resume {
+        true => drop(RunDir::open(&args.output)?),
+        false => RunDir::check_free(&args.output)?,
+    }
     let articles = read_squad(&args.data.join("squad.json"))?;
     anyhow::ensure!(articles.len() > 8, "{}: holds {} articles, expected over 8", args.data.display(), articles.len());
     // Held out by article, so that no passage is seen in training.
@@ -198,11 +219,24 @@ fn sft(args: SftArgs) -> Result<ExitCode> {
     let config: SftConfig = pt_train::config::load_config(saved.as_deref(), &sets)?;
     config.validate()?;
     let device = parse_device(&args.device)?;
+    // All weights are trained in the number format of their masters.
+    let kind = if config.lora.is_some() { parse_kind(&args.dtype)?.kind(device) } else { Kind::Float };
+    // The rows are a choice of questions, so the run keeps them; `pt sft --resume` finds them there.
+    let own_file = |name: &str| std::path::absolute(args.output.join(name)).map(|path| path.display().to_string());
+    let command = RunCommand {
+        model: absolute(&args.model.to_string_lossy()),
+        adapter: None,
+        data: vec![own_file(TRAINING)?],
+        eval_data: vec![own_file(HELD_OUT)?],
+        device: args.device.clone(),
+        dtype: dtype_name(kind).into(),
+        samples: Some(0),
+    };
     let job = Job {
         model_path: args.model.clone(),
         adapter: None,
         device,
-        kind: parse_kind(&args.dtype)?.kind(device),
+        kind,
         rows: rows(&train_questions),
         eval_rows: rows(&eval_questions),
         config,
@@ -210,7 +244,8 @@ fn sft(args: SftArgs) -> Result<ExitCode> {
         resume: args.resume,
         // The demo measures its own answers, more of them.
         num_samples: 0,
-        command: None,
+        command: Some(command),
+        files: vec![(TRAINING, json_lines(&train_questions)), (HELD_OUT, json_lines(&eval_questions))],
         again: again(std::env::args()),
     };
     eprintln!(

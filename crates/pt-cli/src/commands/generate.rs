@@ -1,30 +1,32 @@
 //! `pt generate`
 
-use crate::open::{DataArgs, Lines, ModelArgs};
+use crate::open::{DataArgs, ModelArgs, OutputArgs};
 use crate::talk::{self, Usage};
 use anyhow::{Context, Result};
+use clap::ArgGroup;
 use clap::builder::RangedU64ValueParser;
 use pt_model::{GenerateConfig, check_prompt, generate};
 use pt_train::Origin;
-use pt_train::data::{Encode, Message, ReadOptions, Row, RowContent, Text, read_rows};
+use pt_train::data::{Encode, Message, ReadOptions, Rendering, Row, RowContent, Text, read_rows};
 use serde_json::json;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Instant;
 
 #[derive(clap::Args)]
+#[command(group(ArgGroup::new("prompts").required(true).args(["data", "prompt"])))]
 pub(crate) struct Args {
     #[command(flatten)]
     model: ModelArgs,
     /// JSONL or JSON rows with `prompt` (text or messages) or `messages`; what a row holds beside its prompt is left out.
-    #[arg(long, required_unless_present = "prompt")]
+    /// A prompt that is plain text is completed as it stands; --set data.as_chat=true asks it through the chat template.
+    #[arg(long)]
     data: Option<PathBuf>,
     /// A single prompt instead of a file; rendered as a user's turn where the model has a chat template.
-    #[arg(long, conflicts_with = "data")]
-    prompt: Option<String>,
-    /// File for the results, one JSON line per row in order; stdout when absent.
     #[arg(long)]
-    output: Option<PathBuf>,
+    prompt: Option<String>,
+    #[command(flatten)]
+    output: OutputArgs,
     /// Rows that are written side by side.
     #[arg(long, default_value_t = 16, value_parser = at_least_one())]
     batch_size: usize,
@@ -133,7 +135,7 @@ pub(crate) fn prompt_ids(row: &Row, encoder: &dyn Encode) -> Result<Vec<i64>> {
 }
 
 pub(crate) fn run(args: Args) -> Result<ExitCode> {
-    let mut lines = Lines::new(args.output.as_deref())?;
+    let mut lines = args.output.open()?;
     let options = ReadOptions { prompt_only: true, ..args.read.config(&[])?.read_options() };
     let rows = match &args.data {
         Some(path) => Some(read_rows(std::slice::from_ref(path), &options)?),
@@ -159,12 +161,21 @@ pub(crate) fn run(args: Args) -> Result<ExitCode> {
         let place = rows.as_ref().map_or("--prompt".into(), |rows| rows[index].origin.to_string());
         check_prompt(&opened.model, prompt).context(place)?;
     }
+    let rendering = Rendering::of(&encoder);
+    let is_bare = |row: &&Row| row.content.plain_prompt().is_some_and(|text| rendering.is_missing_in(text));
+    let num_bare = rows.iter().flatten().filter(is_bare).count();
+    if num_bare > 0 {
+        eprintln!(
+            "warning: {num_bare} prompts are plain text and completed as they stand, where `--prompt` and `pt chat` ask \
+             through the chat template; to do so here: --set data.as_chat=true, or messages in `prompt`"
+        );
+    }
     let config = GenerateConfig {
         num_samples: args.num_samples,
         with_logprobs: args.logprobs,
         ..args.sampling.config(encoder.stop_ids())
     };
-    let (bar, started) = (talk::bar(prompts.len() as u64, "rows"), Instant::now());
+    let (mut work, started) = (talk::Work::new("completing", prompts.len(), "rows"), Instant::now());
     let mut num_tokens = 0;
     for (chunk, batch) in prompts.chunks(args.batch_size).enumerate() {
         let config = GenerateConfig { first_prompt: (chunk * args.batch_size) as u64, ..config.clone() };
@@ -182,11 +193,11 @@ pub(crate) fn run(args: Args) -> Result<ExitCode> {
                 }
                 lines.push(&line)?;
             }
-            bar.inc(1);
+            work.advance();
         }
-        bar.set_message(format!("{:.0} tokens/s", num_tokens as f64 / started.elapsed().as_secs_f64()));
+        work.note(format!("{:.0} tokens/s", num_tokens as f64 / started.elapsed().as_secs_f64()));
     }
-    bar.finish_and_clear();
+    work.finish();
     lines.finish()?;
     eprintln!(
         "{} rows, {num_tokens} tokens, {:.1} tokens/s",

@@ -1,5 +1,6 @@
 //! `pt inspect`
 
+use crate::checkpoints::Checkpoints;
 use crate::open::{DataArgs, ModelArgs, no_tokenizer};
 use crate::run_command::RunCommand;
 use crate::talk::{Usage, say};
@@ -10,7 +11,6 @@ use pt_train::TrainError;
 use pt_train::data::{DataConfig, Row, preflight, read_rows, render_example, row_to_group};
 use pt_train::encoder::ModelEncoder;
 use pt_train::metrics::read_series;
-use pt_train::run_dir::Best;
 use serde_json::json;
 use std::collections::BTreeMap;
 use std::io::IsTerminal;
@@ -35,8 +35,10 @@ pub(crate) struct Args {
 }
 
 pub(crate) fn run(args: Args) -> Result<ExitCode> {
-    if args.path.join("adapter_config.json").exists() {
-        let config = LoraConfig::from_peft_file(&args.path.join("adapter_config.json"))?;
+    // An adapter, or a checkpoint that holds one.
+    let adapter = ["", "adapter"].map(|part| args.path.join(part).join("adapter_config.json"));
+    if let Some(file) = adapter.iter().find(|file| file.exists()) {
+        let config = LoraConfig::from_peft_file(file)?;
         say(serde_json::to_string_pretty(&config)?)?;
         return Ok(ExitCode::SUCCESS);
     }
@@ -65,14 +67,7 @@ fn is_data(path: &Path) -> bool {
 
 /// What a run has come to. Only reads: opening it as `--resume` does would sweep away what a live trainer is writing.
 fn run_folder(args: &Args) -> Result<ExitCode> {
-    let checkpoints = args.path.join("checkpoints");
-    let names = std::fs::read_dir(&checkpoints).into_iter().flatten().flatten();
-    let mut names: Vec<String> = names.map(|entry| entry.file_name().to_string_lossy().into_owned()).collect();
-    names.retain(|name| name.starts_with("step-"));
-    names.sort();
-    // Absent, or of a run whose held-out loss was never measured.
-    let best: Option<Best> =
-        std::fs::read(checkpoints.join("best.json")).ok().and_then(|bytes| serde_json::from_slice(&bytes).ok());
+    let checkpoints = Checkpoints::of(&args.path);
     let metrics = args.path.join("metrics.jsonl");
     let series = if metrics.exists() { read_series(&metrics)? } else { Default::default() };
     let last: BTreeMap<&str, (u64, f64)> =
@@ -83,7 +78,8 @@ fn run_folder(args: &Args) -> Result<ExitCode> {
         let values: serde_json::Map<_, _> =
             last.iter().map(|(name, (step, value))| ((*name).into(), json!({"step": step, "value": value}))).collect();
         let summary = json!({
-            "path": args.path, "steps": steps, "checkpoints": names, "best": best, "metrics": values, "command": command,
+            "path": args.path, "steps": steps, "checkpoints": checkpoints.names, "best": checkpoints.best,
+            "metrics": values, "command": command,
         });
         say(serde_json::to_string_pretty(&summary)?)?;
         return Ok(ExitCode::SUCCESS);
@@ -98,14 +94,15 @@ fn run_folder(args: &Args) -> Result<ExitCode> {
         let shown = if (1e-3..1e6).contains(&value.abs()) { format!("{value:.6}") } else { format!("{value:.5e}") };
         say(format_args!("  {name}: {shown} at step {step}"))?;
     }
-    let is_best = |name: &String| best.as_ref().is_some_and(|best| *name == format!("step-{:08}", best.step));
-    for name in &names {
-        let mark =
-            best.as_ref().filter(|_| is_best(name)).map(|best| format!(" (best: {} {:.4})", best.metric, best.value));
-        say(format_args!("  checkpoint {}{}", checkpoints.join(name).display(), mark.unwrap_or_default()))?;
+    for name in &checkpoints.names {
+        let mark = checkpoints.best_named(name).map(|best| format!(" (best: {} {:.4})", best.metric, best.value));
+        say(format_args!("  checkpoint {}{}", checkpoints.path(name).display(), mark.unwrap_or_default()))?;
     }
-    say(format_args!("  continue it: pt sft --resume --output {path}"))?;
-    let chosen = names.iter().find(|name| is_best(name)).or(names.last()).map(|name| checkpoints.join(name));
+    match &command {
+        Some(_) => say(format_args!("  continue it: pt sft --resume --output {path}"))?,
+        None => say("  continue it: the command that began it (it keeps no command.yaml), with --resume")?,
+    }
+    let chosen = checkpoints.chosen();
     match (chosen, &command) {
         (Some(folder), Some(command)) if folder.join("adapter").exists() => say(format_args!(
             "  use it: pt chat --model {} --adapter {}",

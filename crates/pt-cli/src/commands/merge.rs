@@ -32,10 +32,11 @@ pub(crate) fn run(args: Args) -> Result<ExitCode> {
         }
         .into());
     }
+    let adapter = args.model.adapter_folder()?;
     let pretrained = args.model.pretrained()?;
     let kind = if args.model.dtype == "auto" { checkpoint_kind(&pretrained) } else { args.model.kind()? };
     let mut model = CausalLm::load(&pretrained, args.model.device()?, kind)?;
-    if let Some(folder) = &args.model.adapter {
+    if let Some(folder) = &adapter {
         let adapter = LoraAdapter::load(folder, &model)?;
         adapter.merge_into(&mut model)?;
     }

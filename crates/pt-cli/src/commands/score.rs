@@ -1,7 +1,7 @@
 //! `pt score`
 
 use super::generate::at_least_one;
-use crate::open::{DataArgs, Lines, ModelArgs};
+use crate::open::{DataArgs, ModelArgs, OutputArgs};
 use crate::talk;
 use anyhow::Result;
 use pt_model::{ModelError, PackedBatch, PromptGroup, RunOptions};
@@ -19,9 +19,8 @@ pub(crate) struct Args {
     /// a turn is added to completions that are plain text, and scored with them.
     #[arg(long)]
     data: PathBuf,
-    /// File for the results, one JSON line per row in order; stdout when absent.
-    #[arg(long)]
-    output: Option<PathBuf>,
+    #[command(flatten)]
+    output: OutputArgs,
     /// Add the log-prob of each scored token.
     #[arg(long)]
     tokens: bool,
@@ -33,7 +32,7 @@ pub(crate) struct Args {
 }
 
 pub(crate) fn run(args: Args) -> Result<ExitCode> {
-    let mut lines = Lines::new(args.output.as_deref())?;
+    let mut lines = args.output.open()?;
     let data = args.read.config(&[])?;
     let rows = read_rows(std::slice::from_ref(&args.data), &data.read_options())?;
     let opened = args.model.open()?;
@@ -51,7 +50,7 @@ pub(crate) fn run(args: Args) -> Result<ExitCode> {
         }
         groups.push(group);
     }
-    let bar = talk::bar(groups.len() as u64, "rows");
+    let mut work = talk::Work::new("scoring", groups.len(), "rows");
     let indices: Vec<usize> = (0..groups.len()).collect();
     for batch_rows in
         pt_train::data::packing::split_by_tokens(&indices, Some(args.max_tokens), |row| groups[row].num_tokens())
@@ -81,10 +80,10 @@ pub(crate) fn run(args: Args) -> Result<ExitCode> {
                 })
                 .collect();
             lines.push(&json!({"completions": scored}))?;
-            bar.inc(1);
+            work.advance();
         }
     }
-    bar.finish_and_clear();
+    work.finish();
     lines.finish()?;
     eprintln!("{} rows scored", rows.len());
     Ok(ExitCode::SUCCESS)

@@ -1,26 +1,29 @@
 //! `pt sft`
 
+use crate::checkpoints::{Checkpoints, adapter_folder};
+use crate::interrupts;
 use crate::job::Job;
 use crate::open::ModelArgs;
 use crate::run_command::{RunCommand, absolute, agreed, dtype_name};
-use crate::talk::{self, Refused, Usage};
+use crate::talk::{self, Usage};
 use anyhow::Result;
 use pt_model::{CausalLm, Pretrained};
 use pt_peft::LoraConfig;
 use pt_tensor::parse_kind;
-use pt_train::config::{load_config, parse_set, to_yaml};
+use pt_train::config::{fields_text, load_config, parse_set, to_commented_yaml, to_yaml};
 use pt_train::data::read_rows;
 use pt_train::run_dir::RunDir;
-use pt_train::sft::{Ending, SftConfig};
+use pt_train::sft::{Ending, SftConfig, Standing, standing};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 #[derive(clap::Args)]
+#[command(after_long_help = help_on_fields())]
 pub(crate) struct Args {
     /// A Hugging Face folder, a .gguf file, or a name that `pt models` lists.
     #[arg(long, required_unless_present_any = ["print_config", "resume"])]
     model: Option<String>,
-    /// An adapter folder in PEFT's format, to train on from there.
+    /// An adapter folder in PEFT's format, or a run (its best, else last checkpoint), to train on from there.
     #[arg(long)]
     adapter: Option<PathBuf>,
     /// auto, cpu, cuda, cuda:N or mps.
@@ -38,10 +41,10 @@ pub(crate) struct Args {
     /// New folder for the run: configuration, metrics, checkpoints, the adapter and report.html.
     #[arg(long, required_unless_present = "print_config")]
     output: Option<PathBuf>,
-    /// YAML file with any of the fields that --print-config shows.
+    /// YAML file with any of the fields listed below; --print-config prints one to start from.
     #[arg(long)]
     config: Option<PathBuf>,
-    /// Set one field, e.g. --set learning_rate=1e-4 or --set lora.rank=8 (--set lora=null trains all weights).
+    /// Set one of the fields listed below, e.g. --set learning_rate=1e-4 or --set lora.rank=8 (--set lora=null trains all weights).
     #[arg(long, value_name = "FIELD=VALUE")]
     set: Vec<String>,
     /// Held-out prompts that are answered before and after training, for the report; 4 when not given, 0 for none.
@@ -53,7 +56,7 @@ pub(crate) struct Args {
     /// Check the data, show what would be trained, and stop.
     #[arg(long)]
     dry_run: bool,
-    /// Print the resolved configuration and stop.
+    /// Print the resolved configuration, with a comment on each field, and stop.
     #[arg(long)]
     print_config: bool,
 }
@@ -66,15 +69,17 @@ pub(crate) fn run(args: Args) -> Result<ExitCode> {
     let mut config: SftConfig = load_config(args.config.as_deref().or(saved.as_deref()), &sets)?;
     if args.print_config {
         config.validate()?;
-        talk::put(to_yaml(&config)?.as_bytes())?;
+        talk::put(to_commented_yaml(&config)?.as_bytes())?;
         return Ok(ExitCode::SUCCESS);
     }
     let output = args.output.clone().ok_or_else(|| Usage("give --output, the folder of the run".into()))?;
-    let kept = match args.resume {
-        // Fails where no run stands.
-        true => RunCommand::load(RunDir::open(&output)?.root())?,
-        false => None,
-    };
+    interrupts::watch();
+    // Fails where no run stands, or where one would be overwritten: before anything is loaded.
+    let run = if args.resume { Some(RunDir::open(&output)?) } else { None };
+    if !args.resume && !args.dry_run {
+        RunDir::check_free(&output)?;
+    }
+    let kept = run.as_ref().map_or(Ok(None), |run| RunCommand::load(run.root()))?;
     let mut command = settle(&args, kept.clone().unwrap_or_default(), &output)?;
     let adapter = command.adapter.clone().map(PathBuf::from);
     if let Some(folder) = &adapter {
@@ -118,6 +123,7 @@ pub(crate) fn run(args: Args) -> Result<ExitCode> {
         resume: args.resume,
         num_samples: command.samples.unwrap_or(0),
         command: Some(command),
+        files: vec![],
     };
     let pretrained = Pretrained::open(&job.model_path)?;
     let checked = job.check(&pretrained)?;
@@ -127,6 +133,16 @@ pub(crate) fn run(args: Args) -> Result<ExitCode> {
         eprintln!("{steps} steps an epoch; nothing was trained (--dry-run)");
         return Ok(ExitCode::SUCCESS);
     }
+    if let Some(run) = &run
+        && let Some(standing) = standing(run, &checked.train.groups, &job.config)?
+        && standing.is_complete()
+        && job.command == kept
+        && is_told(run, &job.config)?
+    {
+        say_complete(&job.output, &standing);
+        return Ok(ExitCode::SUCCESS);
+    }
+    eprintln!("loading {}", job.model_path.display());
     let mut model = CausalLm::load(&pretrained, job.device, job.kind)?;
     let finished = job.train(&pretrained, &mut model, checked)?;
     Ok(match finished.outcome.ending {
@@ -135,13 +151,42 @@ pub(crate) fn run(args: Args) -> Result<ExitCode> {
     })
 }
 
+/// Whether the run's report tells of its last checkpoint, and of these settings.
+fn is_told(run: &RunDir, config: &SftConfig) -> Result<bool> {
+    let modified = |path: &Path| path.metadata().and_then(|metadata| metadata.modified()).ok();
+    let last = run.latest()?.and_then(|(_, folder)| modified(&folder));
+    let is_newer = modified(&run.report_path()).zip(last).is_some_and(|(report, last)| report >= last);
+    Ok(is_newer
+        && std::fs::read_to_string(run.config_path()).is_ok_and(|kept| to_yaml(config).is_ok_and(|it| it == kept)))
+}
+
+fn say_complete(run: &Path, standing: &Standing) {
+    let Standing { steps, total_steps, is_early_stopped } = standing;
+    let why = if *is_early_stopped { ", stopped early, since the held-out loss did not get better" } else { "" };
+    eprintln!("{} is complete: {steps} of {total_steps} steps{why}; nothing was changed", run.display());
+    if let Some(checkpoint) = Checkpoints::of(run).chosen() {
+        let part = if checkpoint.join("adapter").exists() { "adapter" } else { "model" };
+        eprintln!("result {}", checkpoint.join(part).display());
+    }
+    eprintln!("to train it further, give it more steps: --set epochs=N or --set max_steps=N");
+}
+
+/// What stands below the options of `pt sft --help`.
+fn help_on_fields() -> String {
+    format!(
+        "Fields of --set and --config, with their defaults. lora=null trains all weights.\n\n{}",
+        fields_text::<SftConfig>()
+    )
+}
+
 /// The flags, and for those not given what the resumed run was started with; `dtype` is left to the caller.
 fn settle(args: &Args, kept: RunCommand, run: &Path) -> Result<RunCommand> {
     let list = |paths: &[PathBuf]| paths.iter().map(|path| absolute(&path.to_string_lossy())).collect::<Vec<_>>();
     let some = |list: Vec<String>| Some(list).filter(|list| !list.is_empty());
     let kept_model = Some(kept.model).filter(|model| !model.is_empty());
     let missing = |flag| Usage(format!("give {flag}: {} does not say which it was", run.display()));
-    let adapter = args.adapter.as_ref().map(|path| absolute(&path.to_string_lossy()));
+    let adapter = args.adapter.as_deref().map(adapter_folder).transpose()?;
+    let adapter = adapter.map(|path| absolute(&path.to_string_lossy()));
     Ok(RunCommand {
         model: agreed("--model", args.model.as_deref().map(absolute), kept_model, run)?
             .ok_or_else(|| missing("--model"))?,
@@ -161,15 +206,7 @@ fn take_settings_of(adapter: &Path, config: &mut SftConfig, sets: &[(String, Str
         let text = "lora is null, which trains all weights, and --adapter names an adapter to train: leave one out";
         return Err(Usage(text.into()).into());
     }
-    let file = adapter.join("adapter_config.json");
-    if !file.exists() {
-        return Err(Refused {
-            message: format!("{}: holds no adapter_config.json, so no adapter", adapter.display()),
-            hint: "--adapter takes a folder in PEFT's format, such as the `adapter` of a checkpoint".into(),
-        }
-        .into());
-    }
-    let settings = LoraConfig::from_peft_file(&file)?;
+    let settings = LoraConfig::from_peft_file(&adapter.join("adapter_config.json"))?;
     if let Some((key, value)) = sets.iter().find(|(key, _)| key == "lora" || key.starts_with("lora.")) {
         return Err(Usage(format!(
             "--set {key}={value} beside --adapter: the settings of {} hold; leave one out",

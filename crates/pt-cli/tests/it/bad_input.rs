@@ -176,6 +176,43 @@ fn numbers_out_of_range_are_wrong_usage() {
 }
 
 #[test]
+fn what_to_complete_is_asked_for_by_both_names() {
+    let workshop = Workshop::new();
+    for more in [&[][..], &["--data", "rows.jsonl", "--prompt", "t5"]] {
+        let output = workshop.run(&[&["generate", "--model", "model"], more].concat());
+        assert_eq!(output.status.code(), Some(2), "{}", stderr(&output));
+        assert!(stderr(&output).contains("--data") && stderr(&output).contains("--prompt"), "{}", stderr(&output));
+    }
+}
+
+#[test]
+fn a_taken_output_is_told_before_anything_is_read() {
+    let workshop = Workshop::new();
+    workshop.stdout(&workshop.sft("run", &["--set", "max_steps=1"]));
+    std::fs::create_dir(workshop.path("full")).unwrap();
+    workshop.write("full/note", "mine");
+    let sft = |output| ["sft", "--model", "no/model", "--data", "no/rows.jsonl", "--output", output];
+    refused(&workshop, &sft("run"), 1, &["run: already holds a run", "--resume"]);
+    refused(&workshop, &sft("full"), 1, &["full: is not empty", "choose another --output"]);
+    let demo = ["demo", "sft", "--model", "no/model", "--data", "no", "--output", "run"];
+    refused(&workshop, &demo, 1, &["run: already holds a run"]);
+}
+
+#[test]
+fn a_folder_without_an_adapter_is_told_what_to_name() {
+    let workshop = Workshop::new();
+    let chat = |adapter| ["generate", "--model", "model", "--prompt", "t5", "--adapter", adapter];
+    refused(&workshop, &chat("no/adapter"), 1, &["no/adapter: holds no adapter_config.json"]);
+    refused(&workshop, &chat("model"), 1, &["model: holds no adapter_config.json", "a run of `pt sft`"]);
+    let full = ["--set", "lora=null", "--set", "max_steps=1", "--set", "data.max_length=64"];
+    let args = ["sft", "--model", "model", "--data", "rows.jsonl", "--output", "full", "--device", "cpu"];
+    workshop.stdout(&[&args[..], &full].concat());
+    refused(&workshop, &chat("full"), 1, &["all weights were trained", "--model full/checkpoints/step-00000001/model"]);
+    std::fs::remove_dir_all(workshop.path("full/checkpoints/step-00000001")).unwrap();
+    refused(&workshop, &chat("full"), 1, &["no checkpoint yet", "pt sft --resume --output full"]);
+}
+
+#[test]
 fn a_bad_prompt_is_named_before_any_is_completed() {
     let workshop = Workshop::new();
     let long = serde_json::json!({"prompt": vec!["t9"; 64].join(" ")});

@@ -167,6 +167,73 @@ fn print_config_needs_nothing_else() {
     assert!(text.contains("learning_rate:") && text.contains("rank: 3"), "{text}");
 }
 
+#[test]
+fn print_config_says_what_each_field_is_and_is_itself_a_config() {
+    let workshop = Workshop::new();
+    let text = workshop.stdout(&["sft", "--print-config", "--set", "lora.rank=3"]);
+    assert!(text.contains("# Highest learning rate.\nlearning_rate: ") && text.contains("\n  rank: 3\n"), "{text}");
+    workshop.write("run.yaml", &text);
+    assert_eq!(workshop.stdout(&["sft", "--print-config", "--config", "run.yaml"]), text);
+    let help = workshop.stdout(&["sft", "--help"]);
+    for line in ["  learning_rate=0.0002", "  data.max_length=1024", "  lora.target_modules=all-linear", "  seed=0"] {
+        assert!(help.lines().any(|found| found == line), "{line} is not in {help}");
+    }
+    assert!(!workshop.stdout(&["sft", "-h"]).contains("data.max_length=1024"));
+}
+
+#[test]
+fn an_output_is_replaced_only_where_that_is_asked_for() {
+    let workshop = Workshop::new();
+    workshop.write("out.jsonl", "dear\n");
+    for args in [
+        &["score", "--model", "model", "--data", "held_out.jsonl"][..],
+        &["generate", "--model", "model", "--prompt", "t5"],
+    ] {
+        let with = |more: &[&'static str]| {
+            args.iter().chain(&["--output", "out.jsonl"]).chain(more).copied().collect::<Vec<_>>()
+        };
+        let refused = workshop.run(&with(&[]));
+        assert_eq!(refused.status.code(), Some(2), "{}", stderr(&refused));
+        assert!(stderr(&refused).contains("out.jsonl already exists"), "{}", stderr(&refused));
+        assert!(
+            stderr(&refused).contains("hint: ") && stderr(&refused).contains("--overwrite"),
+            "{}",
+            stderr(&refused)
+        );
+        assert_eq!(std::fs::read_to_string(workshop.path("out.jsonl")).unwrap(), "dear\n");
+        workshop.stdout(&with(&["--overwrite"]));
+        assert!(!json_lines(&std::fs::read_to_string(workshop.path("out.jsonl")).unwrap()).is_empty());
+        workshop.write("out.jsonl", "dear\n");
+    }
+    // An empty file holds nothing to lose.
+    workshop.write("empty.jsonl", "");
+    workshop.stdout(&["generate", "--model", "model", "--prompt", "t5", "--output", "empty.jsonl"]);
+}
+
+#[test]
+fn plain_prompts_on_a_chat_model_are_told_and_can_be_asked_as_turns() {
+    let workshop = Workshop::new().with_template();
+    let generate = |more: &[&str]| {
+        let mut args = vec!["generate", "--model", "model", "--data", "prompts.jsonl", "--max-new-tokens", "5"];
+        args.extend(more);
+        let output = workshop.run(&args);
+        assert!(output.status.success(), "{}", stderr(&output));
+        (String::from_utf8_lossy(&output.stdout).into_owned(), stderr(&output))
+    };
+    workshop.write("prompts.jsonl", r#"{"prompt": "t20"}"#);
+    let (_, said) = generate(&[]);
+    assert!(said.contains("warning: 1 prompts are plain text") && said.contains("data.as_chat=true"), "{said}");
+    let (asked, said) = generate(&["--set", "data.as_chat=true"]);
+    assert!(!said.contains("warning"), "{said}");
+    let prompt = workshop.stdout(&["generate", "--model", "model", "--prompt", "t20", "--max-new-tokens", "5"]);
+    assert_eq!(asked, prompt);
+
+    let check = |more: &[&'static str]| stderr(&workshop.run(&workshop.sft("run", &[&["--dry-run"], more].concat())));
+    assert!(check(&[]).contains("prompts are plain text, trained without the chat template"), "{}", check(&[]));
+    let as_chat = check(&["--set", "data.as_chat=true"]);
+    assert!(!as_chat.contains("plain text") && as_chat.contains("t3 t1 t8"), "{as_chat}");
+}
+
 #[cfg(unix)]
 #[test]
 fn an_output_that_is_no_ordinary_file_is_written_to_and_not_replaced() {
@@ -174,7 +241,7 @@ fn an_output_that_is_no_ordinary_file_is_written_to_and_not_replaced() {
     workshop.write("target.jsonl", "old");
     std::os::unix::fs::symlink("target.jsonl", workshop.path("link.jsonl")).unwrap();
     let score = |output: &str| {
-        workshop.stdout(&["score", "--model", "model", "--data", "held_out.jsonl", "--output", output]);
+        workshop.stdout(&["score", "--model", "model", "--data", "held_out.jsonl", "--overwrite", "--output", output]);
     };
     score("link.jsonl");
     assert!(std::fs::symlink_metadata(workshop.path("link.jsonl")).unwrap().is_symlink());

@@ -1,6 +1,7 @@
 use crate::common::{Workshop, stderr, wait_for_a_step};
 use pt_tensor::io::SafetensorsReader;
 use pt_train::run_dir::RunDir;
+use std::io::{BufRead, BufReader};
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
 use std::time::Instant;
@@ -108,6 +109,27 @@ fn an_interrupt_saves_exits_130_and_can_be_resumed() {
     assert_eq!(RunDir::open(&workshop.path("run")).unwrap().latest().unwrap().unwrap().0, step + 2);
 }
 
+#[test]
+fn an_interrupt_before_training_ends_at_once_and_loses_nothing() {
+    let workshop = Workshop::new();
+    // Answers that take a while.
+    let row = "{\"prompt\": \"t1 t9 t10\", \"completion\": \" t10\"}\n";
+    workshop.write("held_out.jsonl", &row.repeat(4000));
+    let args = workshop.sft("run", &["--eval-data", "held_out.jsonl", "--samples", "4000"]);
+    let mut child = workshop.command(&args).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
+    let mut lines = BufReader::new(child.stderr.take().unwrap()).lines().map(Result::unwrap);
+    lines.by_ref().find(|line| line.starts_with("answers before training")).unwrap();
+    let asked = Instant::now();
+    assert!(Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap().success());
+    let rest: Vec<String> = lines.collect();
+    assert_eq!(child.wait().unwrap().code(), Some(130), "{rest:?}");
+    assert!(asked.elapsed().as_secs_f64() < 2.0, "{:?}", asked.elapsed());
+    assert!(rest.iter().any(|line| line.contains("continue with: pt sft --resume --output run")), "{rest:?}");
+    check_readable(&workshop.path("run"));
+    workshop.stdout(&["sft", "--resume", "--output", "run", "--samples", "0"]);
+    assert_eq!(RunDir::open(&workshop.path("run")).unwrap().latest().unwrap().unwrap().0, 6);
+}
+
 /// Starts `pt`, interrupts it once `run` has done a step, and waits for its end.
 fn interrupted(workshop: &Workshop, args: &[&str], run: &str) -> Output {
     let mut child = workshop.command(args).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
@@ -132,11 +154,16 @@ fn an_interrupted_demo_exits_130_and_goes_on_with_resume() {
     assert!(stderr(&output).contains("max_steps=100000 --resume"), "{}", stderr(&output));
     let (step, _) = RunDir::open(&workshop.path("run")).unwrap().latest().unwrap().unwrap();
 
+    // As any run: it kept its rows.
     let last = format!("max_steps={}", step + 2);
+    workshop.stdout(&["sft", "--resume", "--output", "run", "--set", &last]);
+    // And as itself, with its own measures.
+    let last = format!("max_steps={}", step + 4);
     args.extend(["--resume", "--set", &last]);
     let text = workshop.stdout(&args);
     assert!(text.contains("exact answers") && text.contains("Talk with it"), "{text}");
-    assert_eq!(RunDir::open(&workshop.path("run")).unwrap().latest().unwrap().unwrap().0, step + 2);
+    assert_eq!(RunDir::open(&workshop.path("run")).unwrap().latest().unwrap().unwrap().0, step + 4);
+    assert!(workshop.stdout(&["inspect", "run"]).contains("pt sft --resume --output run"));
 }
 
 /// What makes the second part of the test below fail to write.

@@ -67,6 +67,56 @@ fn held_out_answers_stand_in_the_report_and_survive_a_resume() {
 }
 
 #[test]
+fn resuming_a_finished_run_says_so_and_changes_nothing() {
+    let workshop = Workshop::new();
+    workshop.stdout(&with_held_out(&workshop, &["--set", "max_steps=2"]));
+    let bytes = || -> Vec<_> {
+        workshop.files("run").into_iter().map(|path| (std::fs::read(&path).unwrap_or_default(), path)).collect()
+    };
+    let before = bytes();
+    let resume = |more: &[&'static str]| {
+        let output = workshop.run(&[&["sft", "--resume", "--output", "run"], more].concat());
+        (output.status.code(), stderr(&output))
+    };
+    let (code, said) = resume(&[]);
+    assert_eq!(code, Some(0), "{said}");
+    for part in ["run is complete: 2 of 2 steps", "nothing was changed", "step-00000002/adapter", "max_steps=N"] {
+        assert!(said.contains(part), "{part} is not in {said}");
+    }
+    assert!(!said.contains("loading"), "{said}");
+    assert_eq!(bytes(), before);
+    // With other rows it is no complete run, but a mistake.
+    let (code, said) = resume(&["--data", "held_out.jsonl"]);
+    assert!(code == Some(2) && said.contains("other training rows"), "{said}");
+    let (code, said) = resume(&["--set", "max_steps=3"]);
+    assert!(code == Some(0) && said.contains("step 3/3"), "{said}");
+}
+
+#[test]
+fn a_run_stands_for_the_adapter_of_its_best_checkpoint() {
+    let workshop = Workshop::new();
+    workshop.stdout(&with_held_out(&workshop, &["--set", "max_steps=2", "--set", "learning_rate=0.05"]));
+    let score = |adapter: &str| {
+        let output = workshop.run(&["score", "--model", "model", "--data", "held_out.jsonl", "--adapter", adapter]);
+        assert!(output.status.success(), "{}", stderr(&output));
+        (String::from_utf8_lossy(&output.stdout).into_owned(), stderr(&output))
+    };
+    let best = RunDir::open(&workshop.path("run")).unwrap().best().unwrap().unwrap().step;
+    let (expected, _) = score(&format!("run/checkpoints/step-{best:08}/adapter"));
+    let (of_run, said) = score("run");
+    let named = format!("run/checkpoints/step-{best:08}/adapter, of the run's best checkpoint");
+    assert!(said.contains(&named), "{said}");
+    let (of_checkpoint, said) = score(&format!("run/checkpoints/step-{best:08}"));
+    assert!(said.contains("adapter: run/checkpoints"), "{said}");
+    assert_eq!((&of_run, &of_checkpoint), (&expected, &expected));
+    workshop.stdout(&["merge", "--model", "model", "--adapter", "run", "--output", "merged"]);
+    let more = ["--set", "data.max_length=64", "--set", "max_steps=1", "--device", "cpu"];
+    let args = ["sft", "--model", "model", "--data", "rows.jsonl", "--adapter", "run", "--output", "second"];
+    workshop.stdout(&[&args[..], &more].concat());
+    assert!(read(&workshop, "second/command.yaml").contains(&format!("step-{best:08}/adapter")));
+}
+
+#[test]
 fn samples_can_be_turned_off() {
     let workshop = Workshop::new();
     workshop.stdout(&with_held_out(&workshop, &["--samples", "0", "--set", "max_steps=1"]));

@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use super::groups::{DataConfig, Fit, OnEmpty, TooLong, fit, row_to_group};
-use super::{Encode, Row};
+use super::{Encode, Message, Row};
 use crate::error::{Origin, Result, TrainError};
 
 /// Counts of one source. Lengths are in tokens, of the rows that are kept.
@@ -40,6 +40,9 @@ pub struct SourceSummary {
     pub dropped_duplicates: usize,
     /// Kept rows that train a token that ends a turn.
     pub stop_trained: usize,
+    /// Kept rows with a plain prompt, where the model has a chat template that would render a conversation.
+    #[serde(default)]
+    pub untemplated: usize,
     /// Tokens of all kept rows.
     pub tokens: usize,
     /// Trained tokens of all kept rows.
@@ -152,6 +155,7 @@ pub fn preflight(rows: &[Row], encoder: &dyn Encode, config: &DataConfig) -> Res
     let mut emptied = Fault::default();
     let mut long = Fault::default();
     let (mut groups, mut row_of_group) = (Vec::new(), Vec::new());
+    let rendering = Rendering::of(encoder);
     for (row_index, row) in rows.iter().enumerate() {
         let at = *index_of.entry(&row.source).or_insert_with(|| {
             tallies.push(Tally::new(&row.source));
@@ -197,6 +201,7 @@ pub fn preflight(rows: &[Row], encoder: &dyn Encode, config: &DataConfig) -> Res
         let has_stop = trains_stop(&group, encoder.stop_ids());
         counts.stop_trained += usize::from(has_stop);
         counts.stop_cut += usize::from(had_stop && !has_stop);
+        counts.untemplated += usize::from(row.content.plain_prompt().is_some_and(|text| rendering.is_missing_in(text)));
         counts.labels += group.num_labels();
         tally.lengths.push(group.num_tokens());
         groups.push(group);
@@ -229,6 +234,25 @@ pub fn preflight(rows: &[Row], encoder: &dyn Encode, config: &DataConfig) -> Res
     let warnings = sources.iter().flat_map(|source| warnings(source, config)).collect();
     let summary = PreflightSummary { max_length: config.max_length, sources, warnings };
     Ok(Preflight { groups, row_of_group, summary })
+}
+
+/// What a chat template puts between a user's turn and the answer: a prompt without it was never rendered.
+#[derive(Clone, Debug)]
+pub struct Rendering(Option<String>);
+
+impl Rendering {
+    /// The mark of the encoder's template; a model without one has no mark, and nothing is missing.
+    pub fn of(encoder: &dyn Encode) -> Self {
+        const TEXT: &str = "a question";
+        let rendered = encoder.render(&[Message::new("user", TEXT)], None, true).ok();
+        let mark = rendered.as_deref().and_then(|text| text.rsplit_once(TEXT)).map(|(_, after)| after.trim());
+        Self(mark.filter(|mark| !mark.is_empty()).map(str::to_owned))
+    }
+
+    /// Whether `prompt` is bare text, though the model is asked through its template.
+    pub fn is_missing_in(&self, prompt: &str) -> bool {
+        self.0.as_ref().is_some_and(|mark| !prompt.contains(mark))
+    }
 }
 
 /// How many groups of `held_out` also stand in `train`, token for token: a leak when it is not 0.
@@ -341,6 +365,13 @@ fn warnings(source: &SourceSummary, config: &DataConfig) -> Vec<String> {
     if endless > 0 {
         found.push(format!("{name}: {endless} rows train no stop token"));
     }
+    if source.untemplated > 0 {
+        found.push(format!(
+            "{name}: {} prompts are plain text, trained without the chat template that `pt chat` and \
+             `pt generate --prompt` ask through; to train what those ask: --set data.as_chat=true, or messages in `prompt`",
+            source.untemplated
+        ));
+    }
     found
 }
 
@@ -405,7 +436,7 @@ mod tests {
         assert_eq!((source.tokens, source.labels, source.stop_trained), (10, 6, 2));
         assert_eq!((source.length_min, source.length_median, source.length_max), (5, 5, 5));
         assert_eq!(checked.row_of_group, [0, 1]);
-        assert_eq!(checked.summary.warnings.len(), 3);
+        assert_eq!((checked.summary.warnings.len(), source.untemplated), (4, 2));
         assert_eq!(overlap(&checked.groups[..1], &checked.groups[1..]), 1);
         let config = DataConfig { drop_duplicates: true, too_long: TooLong::TruncateLeft, ..config };
         let checked = preflight(&rows, &CHARACTERS, &config).expect("good");
@@ -428,6 +459,18 @@ mod tests {
         assert!(matches!(error, TrainError::AllDropped { rows: 1, .. }), "{error}");
         let error = check(&[plain("abcdefghij", "k")], &DataConfig { too_long: TooLong::Refuse, ..config });
         assert!(matches!(error, TrainError::TooLong { found: 12, max_length: 8, count: 1, .. }), "{error}");
+    }
+
+    #[test]
+    fn plain_prompts_of_a_model_with_a_template_are_told() {
+        let is_told = |content: RowContent| {
+            let checked = preflight(&rows(&[content]), &CHARACTERS, &DataConfig::default()).expect("good");
+            checked.summary.warnings.iter().any(|text| text.contains("1 prompts are plain text"))
+        };
+        assert!(is_told(plain("ab", "cd")));
+        // Rendered by hand already, or to be rendered.
+        assert!(!is_told(plain("<u|ab$\n<a|", "cd")));
+        assert!(!is_told(chat(&[("user", "ab"), ("assistant", "cd")])));
     }
 
     #[test]
@@ -455,7 +498,7 @@ mod tests {
         let summary = preflight(&rows, &CHARACTERS, &config).expect("one row keeps its stop").summary;
         assert_eq!((summary.sources[0].stop_trained, summary.sources[0].stop_cut), (1, 2));
         let warning = "rows: 2 rows (66.7 %) lost their end of turn when they were cut, so they do not teach to stop";
-        assert_eq!(summary.warnings[1..], [warning]);
+        assert_eq!(summary.warnings[1], warning);
         let error = preflight(&rows[1..], &CHARACTERS, &config).expect_err("none keeps it");
         assert!(matches!(error, TrainError::StopNotTrained { rows: 2, .. }), "{error}");
     }

@@ -82,6 +82,36 @@ impl RowContent {
             Self::Prompt { .. } => "prompt-only",
         }
     }
+
+    /// The prompt, where it is plain text that no chat template will render.
+    pub fn plain_prompt(&self) -> Option<&str> {
+        match self {
+            Self::Completion { prompt: Text::Plain(text), .. } | Self::Prompt { prompt: Text::Plain(text), .. } => {
+                Some(text)
+            }
+            _ => None,
+        }
+    }
+
+    /// Plain prompts as a user's turn, what follows them as the assistant's; texts without a prompt stay.
+    fn into_chat(self) -> Self {
+        let turn = |role: &str, text: Text| match text {
+            Text::Plain(text) => Text::Chat(vec![Message::new(role, text.trim())]),
+            chat => chat,
+        };
+        match self {
+            Self::Completion { prompt, completion, tools } => {
+                Self::Completion { prompt: turn("user", prompt), completion: turn("assistant", completion), tools }
+            }
+            Self::Preference { prompt: Some(prompt), chosen, rejected } => Self::Preference {
+                prompt: Some(turn("user", prompt)),
+                chosen: turn("assistant", chosen),
+                rejected: turn("assistant", rejected),
+            },
+            Self::Prompt { prompt, tools } => Self::Prompt { prompt: turn("user", prompt), tools },
+            other => other,
+        }
+    }
 }
 
 /// A row and where it came from.
@@ -101,6 +131,8 @@ pub struct Row {
 pub struct ReadOptions {
     /// Our field name to the file's, e.g. `prompt: question`.
     pub columns: BTreeMap<String, String>,
+    /// Turn plain prompts, and what follows them, into turns of a user and of the assistant; spaces at their ends go.
+    pub as_chat: bool,
     /// Read at most this many rows of each source.
     pub max_rows: Option<usize>,
     /// Take rows that hold a `prompt` and nothing to follow it: generation asks for no more.
@@ -144,6 +176,7 @@ pub fn read_source(path: &Path, name: &str, options: &ReadOptions) -> Result<Vec
     for file in data_files(path)? {
         for (value, origin) in read_values(&file, limit.saturating_sub(rows.len()))? {
             let content = parse_row(value, &origin, options)?;
+            let content = if options.as_chat { content.into_chat() } else { content };
             rows.push(Row { content, origin, source: name.to_owned() });
         }
     }
@@ -546,6 +579,32 @@ mod tests {
         let rows = read_rows(&[path.clone(), path], &options).expect("reads");
         assert_eq!(rows.iter().map(|row| row.source.as_str()).collect::<Vec<_>>(), ["gsm", "gsm-2"]);
         assert!(rows[0].origin.to_string().ends_with("gsm.json[0]"));
+    }
+
+    #[test]
+    fn plain_prompts_become_turns_where_that_is_asked_for() {
+        let folder = tempfile::tempdir().expect("temporary folder");
+        let path = folder.path().join("rows.jsonl");
+        let lines = [
+            r#"{"prompt":"q ","completion":" a"}"#,
+            r#"{"prompt":"q","chosen":"a","rejected":"b"}"#,
+            r#"{"prompt":"q"}"#,
+            r#"{"prompt":[{"role":"user","content":"q "}]}"#,
+            r#"{"text":"t"}"#,
+        ];
+        std::fs::write(&path, lines.join("\n")).expect("write");
+        let options = ReadOptions { prompt_only: true, as_chat: true, ..ReadOptions::default() };
+        let rows = read_source(&path, "rows", &options).expect("all parse");
+        let turn = |role: &str, text: &str| Text::Chat(vec![Message::new(role, text)]);
+        let answer = |text: &str| turn("assistant", text);
+        let expected = [
+            RowContent::Completion { prompt: turn("user", "q"), completion: answer("a"), tools: None },
+            RowContent::Preference { prompt: Some(turn("user", "q")), chosen: answer("a"), rejected: answer("b") },
+            RowContent::Prompt { prompt: turn("user", "q"), tools: None },
+            RowContent::Prompt { prompt: turn("user", "q "), tools: None },
+            RowContent::Text("t".into()),
+        ];
+        assert_eq!(rows.into_iter().map(|row| row.content).collect::<Vec<_>>(), expected);
     }
 
     #[test]

@@ -18,6 +18,7 @@
 use std::collections::BTreeMap;
 
 use pt_model::{Completion, PromptGroup};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -25,7 +26,7 @@ use super::{Encode, Message, ReadOptions, Row, RowContent, Text};
 use crate::error::{Origin, Result, TrainError};
 
 /// What becomes of a row longer than `max_length` tokens.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum TooLong {
     /// The run does not start.
@@ -40,7 +41,7 @@ pub enum TooLong {
 }
 
 /// Which assistant turns of a conversation are trained.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum TrainTurns {
     /// Every one.
@@ -51,7 +52,7 @@ pub enum TrainTurns {
 }
 
 /// What becomes of a row that would train nothing.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum OnEmpty {
     /// The run does not start.
@@ -62,7 +63,7 @@ pub enum OnEmpty {
 }
 
 /// How rows become groups. The part of a training configuration named `data`.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct DataConfig {
     /// Longest row in tokens, prompt and completion together.
@@ -79,6 +80,9 @@ pub struct DataConfig {
     pub drop_duplicates: bool,
     /// Our field name to the file's, e.g. `prompt: question`.
     pub columns: BTreeMap<String, String>,
+    /// Take plain prompts as a user's turn and what follows them as the assistant's, so that the chat template renders
+    /// them.
+    pub as_chat: bool,
     /// Read at most this many rows of each source.
     pub max_rows: Option<usize>,
 }
@@ -93,6 +97,7 @@ impl Default for DataConfig {
             require_stop: true,
             drop_duplicates: false,
             columns: BTreeMap::new(),
+            as_chat: false,
             max_rows: None,
         }
     }
@@ -101,7 +106,12 @@ impl Default for DataConfig {
 impl DataConfig {
     /// The part that reading files needs.
     pub fn read_options(&self) -> ReadOptions {
-        ReadOptions { columns: self.columns.clone(), max_rows: self.max_rows, prompt_only: false }
+        ReadOptions {
+            columns: self.columns.clone(),
+            as_chat: self.as_chat,
+            max_rows: self.max_rows,
+            prompt_only: false,
+        }
     }
 }
 

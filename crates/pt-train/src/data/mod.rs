@@ -11,7 +11,7 @@ pub mod formats;
 pub mod groups;
 pub mod packing;
 
-pub use checks::{Preflight, PreflightSummary, SourceSummary, overlap, preflight, render_example};
+pub use checks::{Preflight, PreflightSummary, Rendering, SourceSummary, overlap, preflight, render_example};
 pub use formats::{Message, ReadOptions, Row, RowContent, Text, read_rows, read_source};
 pub use groups::{DataConfig, Fit, OnEmpty, TooLong, TrainTurns, fit, row_to_group, row_to_pair};
 pub use packing::{BatchConfig, Batches, Cursor};

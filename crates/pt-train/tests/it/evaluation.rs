@@ -28,7 +28,7 @@ fn the_held_out_loss_is_taken_without_dropout() {
         let adapter = Rc::new(adapter);
         set.insert("one", adapter.clone()).unwrap();
         let sites: Rc<dyn Sites> = if is_in_set { Rc::new(set) } else { adapter };
-        let loss = evaluate(&model, &sites, &rows()[..10], 100).unwrap().loss;
+        let loss = evaluate(&model, &sites, &rows()[..10], 100, |_| {}).unwrap().loss;
         assert!(sites.set_training(true), "training goes on as before");
         loss
     };
@@ -49,7 +49,7 @@ fn a_held_out_row_without_a_finite_loss_is_named() {
     let embeddings = model.parameter("model.embed_tokens.weight").unwrap();
     let _ = no_grad(|| embeddings.get(token).fill_(f64::NAN));
     let bare: Rc<dyn Sites> = Rc::new(Bare);
-    let error = evaluate(&model, &bare, &rows, 1).unwrap_err();
+    let error = evaluate(&model, &bare, &rows, 1, |_| {}).unwrap_err();
     let text = error.to_string();
     assert!(text.contains("held-out log-probs is not finite") && text.contains("held-out row 4 of 6"), "{text}");
 }
