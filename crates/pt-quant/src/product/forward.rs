@@ -9,7 +9,7 @@ use crate::dense::{BLOCK_DEPTH, BLOCK_ROWS, GemmShape, Output, Slot, Workspace, 
 use crate::error::check_len;
 use crate::exec::Columns;
 use crate::simd::dense::{self, Panel};
-use crate::simd::product::{self, GROUP, Int8Group, Int8Rows, Kernels, Rows, TILE_ROWS};
+use crate::simd::product::{self, Forward, GROUP, Int8Group, Int8Rows, Kernels, Order, Rows, TILE_ROWS};
 use crate::{Block4Ref, Element, Exec, QuantError};
 
 /// In which numbers a product is computed. Sums are in f32 in all of them.
@@ -45,9 +45,20 @@ pub struct ProductOptions<'a> {
 /// Activations as the kernels of one arithmetic want them: `[rows, in_features]`.
 #[derive(Clone, Copy)]
 enum Activations<'a> {
+    /// And whether the weights are rounded to bf16.
     F32(&'a [f32], bool),
-    Bf16(&'a [u16]),
+    Bf16(&'a [u16], Forward<u16>),
     Int8(&'a [Int8Group], &'a [f32]),
+}
+
+impl Activations<'_> {
+    /// How many groups of 64 fit in half an L1 cache of 32 KiB.
+    fn l1_groups(&self) -> usize {
+        match self {
+            Self::F32(..) => 64,
+            Self::Bf16(..) | Self::Int8(..) => 128,
+        }
+    }
 }
 
 /// Writes sums to outputs: adds the bias, rounds to the output's format.
@@ -145,28 +156,40 @@ impl Block4Matrix {
         // Large enough that handing out a block costs little, small enough that threads end together and that the codes stay in the L2 cache.
         let block_len = (columns / (6 * exec.num_threads())).clamp(16, 64).next_multiple_of(TILE_ROWS);
         exec.for_each_columns((y, columns), block_len, slots, |first, mut block, slot| {
-            let SlotScratch { sums, scales, scaled, .. } = &mut slot.product;
-            let tiles = tiled.tiles(first..first + block.len(), 0..groups, scales);
+            let SlotScratch { acc, sums, scales, scaled, .. } = &mut slot.product;
+            let rows_of_tiles = first..first + block.len();
+            let num_tiles = block.len().div_ceil(TILE_ROWS);
             for start in (0..rows).step_by(kernels.max_rows) {
                 let taken = kernels.max_rows.min(rows - start);
-                let sums = grown(sums, tiles.num_tiles() * taken);
-                match x {
-                    Activations::F32(x, round) => {
-                        let x = Rows { data: &x[start * depth..(start + taken) * depth], rows: taken, stride: depth };
-                        (kernels.forward_f32)(&tiles, &self.table(round), &x, sums);
-                    }
-                    Activations::Bf16(x) => {
-                        let x = Rows { data: &x[start * depth..(start + taken) * depth], rows: taken, stride: depth };
-                        if let Some(forward_bf16) = kernels.forward_bf16 {
-                            forward_bf16(&tiles, &self.table(true), &x, sums);
+                let acc = grown(acc, num_tiles * taken * TILE_ROWS * kernels.lanes);
+                // The activations of a piece stay in the L1 cache while all tiles go by.
+                let piece = (x.l1_groups() / taken).max(1);
+                for group in (0..groups).step_by(piece) {
+                    let range = group..groups.min(group + piece);
+                    let tiles = tiled.tiles(rows_of_tiles.clone(), range.clone(), scales);
+                    let at = start * depth + group * GROUP..(start + taken) * depth;
+                    match x {
+                        Activations::F32(x, round) => {
+                            let x = Rows { data: &x[at], rows: taken, stride: depth };
+                            (kernels.forward_f32)(&tiles, &self.table(round), &x, acc);
+                        }
+                        Activations::Bf16(x, forward_bf16) => {
+                            let x = Rows { data: &x[at], rows: taken, stride: depth };
+                            forward_bf16(&tiles, &self.table(true), &x, acc);
+                        }
+                        Activations::Int8(x, x_scales) => {
+                            let at = start * groups + group..(start + taken) * groups;
+                            let (x, scales) = (&x[at.clone()], &x_scales[at]);
+                            let x = Int8Rows { groups: x, scales, rows: taken, stride: groups };
+                            let scaled = grown(scaled, taken * range.len());
+                            (kernels.forward_int8)(&tiles, self.int8(), &x, acc, scaled);
                         }
                     }
-                    Activations::Int8(x, x_scales) => {
-                        let range = start * groups..(start + taken) * groups;
-                        let x = Int8Rows { groups: &x[range.clone()], scales: &x_scales[range], rows: taken };
-                        let scaled = grown(scaled, taken * groups);
-                        (kernels.forward_int8)(&tiles, self.int8(), &x, sums, scaled);
-                    }
+                }
+                let sums = grown(sums, num_tiles * taken);
+                (kernels.reduce)(acc, sums);
+                if let Activations::Int8(..) = x {
+                    sums.as_flattened_mut().iter_mut().for_each(|sum| *sum *= self.int8().inverse_scale);
                 }
                 for m in 0..taken {
                     let sums = sums[m..].iter().step_by(taken).flatten().copied();
@@ -184,11 +207,17 @@ fn activations<'a, X: Element>(
     scratch: &'a mut Scratch,
     exec: &Exec<'_>,
 ) -> Activations<'a> {
-    match arithmetic {
-        Arithmetic::F32 => Activations::F32(as_f32(x, &mut scratch.x_f32, false), false),
-        Arithmetic::Bf16 if kernels.forward_bf16.is_some() => Activations::Bf16(as_bf16_bits(x, &mut scratch.x_bf16)),
-        Arithmetic::Bf16 => Activations::F32(as_f32(x, &mut scratch.x_f32, true), true),
-        Arithmetic::Int8 => {
+    match (arithmetic, kernels.forward_bf16) {
+        (Arithmetic::Bf16, Some(forward_bf16)) => {
+            let bits = as_bf16_bits(x, &mut scratch.x_bf16);
+            Activations::Bf16(ordered(bits, kernels.order_bf16, &mut scratch.x_bf16_ordered), forward_bf16)
+        }
+        (Arithmetic::F32 | Arithmetic::Bf16, _) => {
+            let round = arithmetic == Arithmetic::Bf16;
+            let numbers = as_f32(x, &mut scratch.x_f32, round);
+            Activations::F32(ordered(numbers, kernels.order_f32, &mut scratch.x_f32_ordered), round)
+        }
+        (Arithmetic::Int8, _) => {
             let groups = x.len() / GROUP;
             let codes = grown_with(&mut scratch.x_int8, groups, Int8Group::ZERO);
             let scales = grown(&mut scratch.x_scales, groups);
@@ -203,6 +232,14 @@ fn activations<'a, X: Element>(
             Activations::Int8(&scratch.x_int8[..groups], &scratch.x_scales[..groups])
         }
     }
+}
+
+/// In the order of a kernel.
+fn ordered<'a, T: Copy + Default>(x: &'a [T], order: Option<Order<T>>, buffer: &'a mut Vec<T>) -> &'a [T] {
+    let Some(order) = order else { return x };
+    let buffer = grown(buffer, x.len());
+    order(x, buffer);
+    buffer
 }
 
 /// Where the weights of many rows' products come from, a panel at a time.

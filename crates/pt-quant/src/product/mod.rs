@@ -20,6 +20,8 @@ use crate::{Bf16, Element};
 pub(crate) struct Scratch {
     x_f32: Vec<f32>,
     x_bf16: Vec<u16>,
+    x_f32_ordered: Vec<f32>,
+    x_bf16_ordered: Vec<u16>,
     x_int8: Vec<Int8Group>,
     x_scales: Vec<f32>,
 }
@@ -27,6 +29,8 @@ pub(crate) struct Scratch {
 /// What one thread needs.
 #[derive(Debug, Default)]
 pub(crate) struct SlotScratch {
+    /// Outputs of some tiles, still in lanes.
+    acc: Vec<f32>,
     /// Outputs of some tiles.
     sums: Vec<[f32; TILE_ROWS]>,
     /// Scales of some tiles in f32.

@@ -20,10 +20,14 @@ const MAX_ROWS: usize = 4;
 
 pub(super) static KERNELS: Kernels = Kernels {
     max_rows: MAX_ROWS,
+    lanes: 8,
     panel_rows: [12; 2],
     forward_f32,
+    order_f32: None,
     forward_bf16: None,
+    order_bf16: None,
     forward_int8,
+    reduce,
     quantize,
     panel_f32,
     panel_bf16,
@@ -48,31 +52,79 @@ macro_rules! by_rows {
     };
 }
 
-fn forward_f32(tiles: &Tiles<'_>, table: &Table, x: &Rows<'_, f32>, sums: &mut Sums) {
-    check_forward(tiles, x, sums, MAX_ROWS);
+fn forward_f32(tiles: &Tiles<'_>, table: &Table, x: &Rows<'_, f32>, acc: &mut [f32]) {
+    check_forward(tiles, x, acc, MAX_ROWS, 8);
     // SAFETY: handed out only by `kernels`, for an instruction set that `Exec` has checked; `check_forward` has seen to the bounds.
     unsafe {
         if table.round {
-            by_rows!(x.rows, forward_f32_of, true; (tiles, table, x, sums));
+            by_rows!(x.rows, forward_f32_of, true; (tiles, table, x, acc));
         } else {
-            by_rows!(x.rows, forward_f32_of, false; (tiles, table, x, sums));
+            by_rows!(x.rows, forward_f32_of, false; (tiles, table, x, acc));
         }
     }
 }
 
-fn forward_int8(tiles: &Tiles<'_>, table: &Int8Table, x: &Int8Rows<'_>, sums: &mut Sums, scratch: &mut Sums) {
-    check_int8(tiles, x, sums, scratch, MAX_ROWS);
+fn forward_int8(tiles: &Tiles<'_>, table: &Int8Table, x: &Int8Rows<'_>, acc: &mut [f32], scratch: &mut Sums) {
+    check_int8(tiles, x, acc, scratch, MAX_ROWS, 8);
     // SAFETY: as in `forward_f32`, with `check_int8`.
-    unsafe { by_rows!(x.rows, forward_int8_of; (tiles, table, x, sums, scratch)) }
+    unsafe { by_rows!(x.rows, forward_int8_of; (tiles, table, x, acc, scratch)) }
+}
+
+fn reduce(acc: &[f32], sums: &mut Sums) {
+    /// 4 vectors of 8 for each output of 4.
+    #[target_feature(enable = "avx2")]
+    fn inner(acc: &[f32], sums: &mut Sums) {
+        for (acc, sums) in acc.as_chunks::<{ 8 * TILE_ROWS }>().0.iter().zip(sums) {
+            // SAFETY: each accumulator has 32 numbers, each output 4.
+            unsafe {
+                let acc = [0, 8, 16, 24].map(|first| _mm256_loadu_ps(acc.as_ptr().add(first)));
+                let (low, high) = (reduce_two(acc[0], acc[1]), reduce_two(acc[2], acc[3]));
+                _mm_storeu_ps(sums.as_mut_ptr(), _mm_movelh_ps(low, high));
+            }
+        }
+    }
+    assert_eq!(acc.len(), sums.len() * TILE_ROWS * 8, "8 lanes for each sum");
+    // SAFETY: as in `forward_f32`.
+    unsafe { inner(acc, sums) }
 }
 
 /// The sums over the lanes of 2 vectors, in lanes 0 and 1.
 #[inline]
 #[target_feature(enable = "avx2")]
-fn reduce(a: __m256, b: __m256) -> __m128 {
+fn reduce_two(a: __m256, b: __m256) -> __m128 {
     let ab = _mm256_add_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b));
     let ab = _mm_add_ps(_mm256_castps256_ps128(ab), _mm256_extractf128_ps::<1>(ab));
     _mm_add_ps(ab, _mm_movehl_ps(ab, ab))
+}
+
+/// The accumulators of two rows of a tile: those at `out`, or zero when the groups begin with the first.
+///
+/// # Safety
+/// `out` must be valid for two vectors of each of `M` rows of activations, which are 4 apart.
+#[inline]
+#[target_feature(enable = "avx2")]
+unsafe fn load_acc<const M: usize>(out: *const f32, first_group: usize) -> [[__m256; 2]; M] {
+    let mut acc = [[_mm256_setzero_ps(); 2]; M];
+    if first_group > 0 {
+        for (m, acc) in acc.iter_mut().enumerate() {
+            // SAFETY: the caller's promise.
+            *acc = [0, 1].map(|row| unsafe { _mm256_loadu_ps(out.add((m * TILE_ROWS + row) * 8)) });
+        }
+    }
+    acc
+}
+
+/// # Safety
+/// As [`load_acc`].
+#[inline]
+#[target_feature(enable = "avx2")]
+unsafe fn store_acc<const M: usize>(acc: [[__m256; 2]; M], out: *mut f32) {
+    for (m, acc) in acc.into_iter().enumerate() {
+        for (row, acc) in acc.into_iter().enumerate() {
+            // SAFETY: the caller's promise.
+            unsafe { _mm256_storeu_ps(out.add((m * TILE_ROWS + row) * 8), acc) };
+        }
+    }
 }
 
 /// The nearest bf16 numbers, ties to even; NaN stays NaN.
@@ -126,18 +178,20 @@ unsafe fn forward_f32_of<const M: usize, const ROUND: bool>(
     tiles: &Tiles<'_>,
     table: &Table,
     x: &Rows<'_, f32>,
-    sums: &mut Sums,
+    acc: &mut [f32],
 ) {
-    let groups = tiles.groups_per_row;
-    // SAFETY: `check_forward`: 16 values; `groups` groups and scales a tile; rows of `groups · 64` activations; 4 sums for each of M rows a tile.
+    let groups = tiles.groups.len;
+    // SAFETY: `check_forward`: 16 values; a tile has the groups worked on and their scales; rows of `groups · 64` activations; 4 accumulators for each
+    // of M rows a tile.
     unsafe {
         let values = [0, 8].map(|first| _mm256_loadu_ps(table.values.as_ptr().add(first)));
-        let mut codes = tiles.codes.as_ptr();
-        let mut scales = tiles.scales.as_ptr();
-        let mut out = sums.as_mut_ptr().cast::<f32>();
-        for _ in 0..tiles.num_tiles() {
+        for tile in 0..tiles.num_tiles() {
+            let at = tile * tiles.groups_per_row + tiles.groups.start;
+            let (codes, scales) = (tiles.codes.as_ptr().add(at), tiles.scales.as_ptr().add(at));
+            let out = acc.as_mut_ptr().add(tile * M * TILE_ROWS * 8);
             for pair in 0..2 {
-                let mut acc = [[_mm256_setzero_ps(); 2]; M];
+                let out = out.add(2 * pair * 8);
+                let mut acc = load_acc::<M>(out, tiles.groups.start);
                 for group in 0..groups {
                     let (codes, scales) = ((*codes.add(group)).0[pair].as_ptr(), &*scales.add(group));
                     let tables = [
@@ -155,14 +209,8 @@ unsafe fn forward_f32_of<const M: usize, const ROUND: bool>(
                         }
                     }
                 }
-                for (m, acc) in acc.into_iter().enumerate() {
-                    let sums = _mm_castps_si128(reduce(acc[0], acc[1]));
-                    _mm_storel_epi64(out.add(m * TILE_ROWS + 2 * pair).cast(), sums);
-                }
+                store_acc(acc, out);
             }
-            codes = codes.add(groups);
-            scales = scales.add(groups);
-            out = out.add(M * TILE_ROWS);
         }
     }
 }
@@ -174,31 +222,31 @@ unsafe fn forward_int8_of<const M: usize>(
     tiles: &Tiles<'_>,
     table: &Int8Table,
     x: &Int8Rows<'_>,
-    sums: &mut Sums,
+    acc: &mut [f32],
     scratch: &mut Sums,
 ) {
-    let groups = tiles.groups_per_row;
-    // SAFETY: `check_int8`: 16 codes; `groups` groups and scales a tile, and a row of activations; as many scratch scales for each
-    // row; 4 sums for each of M rows a tile.
+    let groups = tiles.groups.len;
+    // SAFETY: `check_int8`: 16 codes; a tile has the groups worked on and their scales, a row of activations as many, as has the scratch of each
+    // row; 4 accumulators for each of M rows a tile.
     unsafe {
         let values = _mm256_broadcastsi128_si256(_mm_loadu_si128(table.codes.as_ptr().cast()));
         let values = _mm256_sub_epi8(values, _mm256_set1_epi8(-128));
         let low = _mm256_set1_epi8(15);
         let ones = _mm256_set1_epi16(1);
-        let inverse_scale = _mm_set1_ps(table.inverse_scale);
-        let mut codes = tiles.codes.as_ptr();
-        let mut scales = tiles.scales.as_ptr();
-        let mut out = sums.as_mut_ptr().cast::<f32>();
-        for _ in 0..tiles.num_tiles() {
+        for tile in 0..tiles.num_tiles() {
+            let at = tile * tiles.groups_per_row + tiles.groups.start;
+            let (codes, scales) = (tiles.codes.as_ptr().add(at), tiles.scales.as_ptr().add(at));
+            let out = acc.as_mut_ptr().add(tile * M * TILE_ROWS * 8);
             for m in 0..M {
                 for group in 0..groups {
-                    let scale = _mm_set1_ps(*x.scales.as_ptr().add(m * groups + group));
+                    let scale = _mm_set1_ps(*x.scales.as_ptr().add(m * x.stride + group));
                     let scale = _mm_mul_ps(_mm_loadu_ps((*scales.add(group)).as_ptr()), scale);
                     _mm_storeu_ps(scratch.as_mut_ptr().add(m * groups + group).cast(), scale);
                 }
             }
             for pair in 0..2 {
-                let mut acc = [[_mm256_setzero_ps(); 2]; M];
+                let out = out.add(2 * pair * 8);
+                let mut acc = load_acc::<M>(out, tiles.groups.start);
                 for group in 0..groups {
                     let codes = (*codes.add(group)).0[pair].as_ptr();
                     let mut dots = [[_mm256_setzero_si256(); 2]; M];
@@ -211,7 +259,7 @@ unsafe fn forward_int8_of<const M: usize>(
                         ];
                         let sizes = [_mm256_abs_epi8(weights[0]), _mm256_abs_epi8(weights[1])];
                         for (m, dots) in dots.iter_mut().enumerate() {
-                            let x = &*x.groups.as_ptr().add(m * groups + group);
+                            let x = &*x.groups.as_ptr().add(m * x.stride + group);
                             let x = _mm256_loadu_si256(x.codes.as_ptr().add(32 * half).cast());
                             for row in 0..2 {
                                 // Both factors are at most 127, so two products fit in 16 bits.
@@ -229,14 +277,8 @@ unsafe fn forward_int8_of<const M: usize>(
                         }
                     }
                 }
-                for (m, acc) in acc.into_iter().enumerate() {
-                    let sums = _mm_mul_ps(reduce(acc[0], acc[1]), inverse_scale);
-                    _mm_storel_epi64(out.add(m * TILE_ROWS + 2 * pair).cast(), _mm_castps_si128(sums));
-                }
+                store_acc(acc, out);
             }
-            codes = codes.add(groups);
-            scales = scales.add(groups);
-            out = out.add(M * TILE_ROWS);
         }
     }
 }

@@ -2,12 +2,16 @@
 //!
 //! ```text
 //! for each group of 64 columns, for each of 4 rows: table[row] = 16 products code · absmax
-//!     for each vector of columns: z = zero-extend(codes)          one index a lane: the low half is row 0's code, the high half row 1's
-//!         acc[row 0] += permute(table[0], z) · x;  acc[row 1] += permute(table[1], z >> 4) · x
+//!     for each half byte t of the 8 in a double word: columns 4i + t / 2 of row t % 2, in lanes i
+//!         acc[row] += permute(table[row], codes >> 4t) · x[4i + t / 2]
 //! ```
 //! The permutations read only the low bits of an index (4 of a double word; 5 of a word and 6 of a byte, for which the table is repeated), so
-//! nothing is masked. With bf16 the table is rounded once and the lookups give the very numbers that dequantizing gives. With integers
+//! nothing is masked, and the codes of the next column are a shift away. The activations are put in that order first, [`order_f32`] and for
+//! words [`order_bf16`]. With bf16 the table is rounded once and the lookups give the very numbers that dequantizing gives. With integers
 //! a vector holds a whole group, the unsigned code's bias is taken off through what the sum starts from, and scales are applied once a group.
+//!
+//! Zero-extending the codes instead would keep the natural order, but on Zen 4 it competes with the permutations and multiplications for three
+//! ports, where shifts have a fourth: 14.7 cycles instead of 12.5 for a group's pair of rows in f32.
 //!
 //! Up to 4 rows of activations take 4 rows of the matrix (16 accumulators), more take 2: each code is looked up once for all of them.
 
@@ -22,10 +26,14 @@ const MAX_ROWS: usize = 8;
 
 pub(super) static KERNELS: Kernels = Kernels {
     max_rows: MAX_ROWS,
+    lanes: 16,
     panel_rows: [64; 2],
     forward_f32,
+    order_f32: Some(order_f32),
     forward_bf16: None,
+    order_bf16: Some(order_bf16),
     forward_int8,
+    reduce,
     quantize,
     panel_f32,
     panel_bf16,
@@ -57,34 +65,83 @@ macro_rules! by_rows {
     };
 }
 
-fn forward_f32(tiles: &Tiles<'_>, table: &Table, x: &Rows<'_, f32>, sums: &mut Sums) {
-    check_forward(tiles, x, sums, MAX_ROWS);
+fn forward_f32(tiles: &Tiles<'_>, table: &Table, x: &Rows<'_, f32>, acc: &mut [f32]) {
+    check_forward(tiles, x, acc, MAX_ROWS, 16);
     // SAFETY: handed out only by `kernels`, for an instruction set that `Exec` has checked; `check_forward` has seen to the bounds.
     unsafe {
         if table.round {
-            by_rows!(x.rows, forward_f32_of, true; (tiles, table, x, sums));
+            by_rows!(x.rows, forward_f32_of, true; (tiles, table, x, acc));
         } else {
-            by_rows!(x.rows, forward_f32_of, false; (tiles, table, x, sums));
+            by_rows!(x.rows, forward_f32_of, false; (tiles, table, x, acc));
         }
     }
 }
 
-fn forward_bf16(tiles: &Tiles<'_>, table: &Table, x: &Rows<'_, u16>, sums: &mut Sums) {
-    check_forward(tiles, x, sums, MAX_ROWS);
+fn forward_bf16(tiles: &Tiles<'_>, table: &Table, x: &Rows<'_, u16>, acc: &mut [f32]) {
+    check_forward(tiles, x, acc, MAX_ROWS, 16);
     // SAFETY: as in `forward_f32`.
-    unsafe { by_rows!(x.rows, forward_bf16_of; (tiles, table, x, sums)) }
+    unsafe { by_rows!(x.rows, forward_bf16_of; (tiles, table, x, acc)) }
 }
 
-fn forward_int8(tiles: &Tiles<'_>, table: &Int8Table, x: &Int8Rows<'_>, sums: &mut Sums, scratch: &mut Sums) {
-    check_int8(tiles, x, sums, scratch, MAX_ROWS);
+fn forward_int8(tiles: &Tiles<'_>, table: &Int8Table, x: &Int8Rows<'_>, acc: &mut [f32], scratch: &mut Sums) {
+    check_int8(tiles, x, acc, scratch, MAX_ROWS, 16);
     // SAFETY: as in `forward_f32`, with `check_int8`.
-    unsafe { by_rows!(x.rows, forward_int8_of; (tiles, table, x, sums, scratch)) }
+    unsafe { by_rows!(x.rows, forward_int8_of; (tiles, table, x, acc, scratch)) }
+}
+
+fn order_f32(x: &[f32], out: &mut [f32]) {
+    /// Number `4i + t` of a group becomes number `16t + i`.
+    #[target_feature(enable = "avx512f")]
+    fn inner(x: &[f32], out: &mut [f32]) {
+        for (x, out) in x.as_chunks::<GROUP>().0.iter().zip(out.as_chunks_mut::<GROUP>().0) {
+            for t in 0..4 {
+                for i in 0..16 {
+                    out[16 * t + i] = x[4 * i + t];
+                }
+            }
+        }
+    }
+    // SAFETY: as in `forward_f32`.
+    unsafe { inner(x, out) }
+}
+
+fn order_bf16(x: &[u16], out: &mut [u16]) {
+    /// Number `2i + t` of a group becomes number `32t + i`.
+    #[target_feature(enable = "avx512f,avx512bw,avx512vbmi")]
+    fn inner(x: &[u16], out: &mut [u16]) {
+        for (x, out) in x.as_chunks::<GROUP>().0.iter().zip(out.as_chunks_mut::<GROUP>().0) {
+            for t in 0..2 {
+                for i in 0..32 {
+                    out[32 * t + i] = x[2 * i + t];
+                }
+            }
+        }
+    }
+    // SAFETY: as in `forward_f32`.
+    unsafe { inner(x, out) }
+}
+
+fn reduce(acc: &[f32], sums: &mut Sums) {
+    /// 4 vectors of 16 for each output of 4.
+    #[target_feature(enable = "avx512f,avx512dq")]
+    fn inner(acc: &[f32], sums: &mut Sums) {
+        for (acc, sums) in acc.as_chunks::<{ 16 * TILE_ROWS }>().0.iter().zip(sums) {
+            // SAFETY: each accumulator has 64 numbers, each output 4.
+            unsafe {
+                let acc = [0, 16, 32, 48].map(|first| _mm512_loadu_ps(acc.as_ptr().add(first)));
+                _mm_storeu_ps(sums.as_mut_ptr(), reduce_four(acc[0], acc[1], acc[2], acc[3]));
+            }
+        }
+    }
+    assert_eq!(acc.len(), sums.len() * TILE_ROWS * 16, "16 lanes for each sum");
+    // SAFETY: as in `forward_f32`.
+    unsafe { inner(acc, sums) }
 }
 
 /// The sums over the lanes of 4 vectors.
 #[inline]
 #[target_feature(enable = "avx512f,avx512dq")]
-fn reduce(a: __m512, b: __m512, c: __m512, d: __m512) -> __m128 {
+fn reduce_four(a: __m512, b: __m512, c: __m512, d: __m512) -> __m128 {
     let ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
     let cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
     let (ab, cd) = (_mm512_castps_pd(ab), _mm512_castps_pd(cd));
@@ -94,21 +151,37 @@ fn reduce(a: __m512, b: __m512, c: __m512, d: __m512) -> __m128 {
     _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps::<1>(half))
 }
 
-/// Writes the sums of `PAIRS` pairs of rows.
+/// The accumulators of `PAIRS` pairs of rows of a tile: those at `out`, or zero when the groups begin with the first.
 ///
 /// # Safety
-/// `out` must be valid for `2 · PAIRS` numbers.
+/// `out` must be valid for `2 · PAIRS` vectors of each of `M` rows of activations, which are 4 apart.
 #[inline]
-#[target_feature(enable = "avx512f,avx512dq")]
-unsafe fn store_sums<const PAIRS: usize>(acc: [[__m512; 2]; PAIRS], out: *mut f32) {
-    let last = acc[PAIRS - 1];
-    let sums = reduce(acc[0][0], acc[0][1], last[0], last[1]);
-    // SAFETY: the caller's promise.
-    unsafe {
-        if PAIRS == 2 {
-            _mm_storeu_ps(out, sums);
-        } else {
-            _mm_storel_epi64(out.cast(), _mm_castps_si128(sums));
+#[target_feature(enable = "avx512f")]
+unsafe fn load_acc<const M: usize, const PAIRS: usize>(
+    out: *const f32,
+    first_group: usize,
+) -> [[[__m512; 2]; PAIRS]; M] {
+    let mut acc = [[[_mm512_setzero_ps(); 2]; PAIRS]; M];
+    if first_group > 0 {
+        for (m, acc) in acc.iter_mut().enumerate() {
+            for (row, acc) in acc.as_flattened_mut().iter_mut().enumerate() {
+                // SAFETY: the caller's promise.
+                *acc = unsafe { _mm512_loadu_ps(out.add((m * TILE_ROWS + row) * 16)) };
+            }
+        }
+    }
+    acc
+}
+
+/// # Safety
+/// As [`load_acc`].
+#[inline]
+#[target_feature(enable = "avx512f")]
+unsafe fn store_acc<const M: usize, const PAIRS: usize>(acc: [[[__m512; 2]; PAIRS]; M], out: *mut f32) {
+    for (m, acc) in acc.iter().enumerate() {
+        for (row, acc) in acc.as_flattened().iter().enumerate() {
+            // SAFETY: the caller's promise.
+            unsafe { _mm512_storeu_ps(out.add((m * TILE_ROWS + row) * 16), *acc) };
         }
     }
 }
@@ -148,18 +221,20 @@ unsafe fn forward_f32_of<const M: usize, const PAIRS: usize, const ROUND: bool>(
     tiles: &Tiles<'_>,
     table: &Table,
     x: &Rows<'_, f32>,
-    sums: &mut Sums,
+    acc: &mut [f32],
 ) {
-    let groups = tiles.groups_per_row;
-    // SAFETY: `check_forward`: 16 values; `groups` groups and scales a tile; rows of `groups · 64` activations; 4 sums for each of M rows a tile.
+    let groups = tiles.groups.len;
+    // SAFETY: `check_forward`: 16 values; a tile has the groups worked on and their scales; rows of `groups · 64` activations; 4 accumulators for each
+    // of M rows a tile.
     unsafe {
         let values = _mm512_loadu_ps(table.values.as_ptr());
-        let mut codes = tiles.codes.as_ptr();
-        let mut scales = tiles.scales.as_ptr();
-        let mut out = sums.as_mut_ptr().cast::<f32>();
-        for _ in 0..tiles.num_tiles() {
+        for tile in 0..tiles.num_tiles() {
+            let at = tile * tiles.groups_per_row + tiles.groups.start;
+            let (codes, scales) = (tiles.codes.as_ptr().add(at), tiles.scales.as_ptr().add(at));
+            let out = acc.as_mut_ptr().add(tile * M * TILE_ROWS * 16);
             for part in (0..2).step_by(PAIRS) {
-                let mut acc = [[[_mm512_setzero_ps(); 2]; PAIRS]; M];
+                let out = out.add(2 * part * 16);
+                let mut acc = load_acc::<M, PAIRS>(out, tiles.groups.start);
                 for group in 0..groups {
                     let (codes, scales) = (&(*codes.add(group)).0, &*scales.add(group));
                     let mut tables = [[values; 2]; PAIRS];
@@ -168,15 +243,18 @@ unsafe fn forward_f32_of<const M: usize, const PAIRS: usize, const ROUND: bool>(
                             tables[pair][row] = block_table::<ROUND>(values, scales[2 * (part + pair) + row]);
                         }
                     }
+                    let mut lines = [_mm512_setzero_si512(); PAIRS];
+                    for pair in 0..PAIRS {
+                        lines[pair] = _mm512_loadu_si512(codes[part + pair].as_ptr().cast());
+                    }
                     for vector in 0..GROUP / 16 {
                         let mut weights = [[values; 2]; PAIRS];
                         for pair in 0..PAIRS {
-                            let codes = codes[part + pair].as_ptr().add(16 * vector);
-                            let codes = _mm512_cvtepu8_epi32(_mm_loadu_si128(codes.cast()));
-                            weights[pair] = [
-                                _mm512_permutexvar_ps(codes, tables[pair][0]),
-                                _mm512_permutexvar_ps(_mm512_srli_epi32::<4>(codes), tables[pair][1]),
-                            ];
+                            for row in 0..2 {
+                                let shift = _mm_cvtsi32_si128(8 * vector as i32 + 4 * row as i32);
+                                let codes = _mm512_srl_epi32(lines[pair], shift);
+                                weights[pair][row] = _mm512_permutexvar_ps(codes, tables[pair][row]);
+                            }
                         }
                         for m in 0..M {
                             let x = x.data.as_ptr().add(m * x.stride + group * GROUP + 16 * vector);
@@ -189,13 +267,8 @@ unsafe fn forward_f32_of<const M: usize, const PAIRS: usize, const ROUND: bool>(
                         }
                     }
                 }
-                for (m, acc) in acc.into_iter().enumerate() {
-                    store_sums(acc, out.add(m * TILE_ROWS + 2 * part));
-                }
+                store_acc(acc, out);
             }
-            codes = codes.add(groups);
-            scales = scales.add(groups);
-            out = out.add(M * TILE_ROWS);
         }
     }
 }
@@ -207,20 +280,21 @@ unsafe fn forward_bf16_of<const M: usize, const PAIRS: usize>(
     tiles: &Tiles<'_>,
     table: &Table,
     x: &Rows<'_, u16>,
-    sums: &mut Sums,
+    acc: &mut [f32],
 ) {
-    let groups = tiles.groups_per_row;
+    let groups = tiles.groups.len;
     // SAFETY: as in `forward_f32_of`; the vector types that are transmuted have 64 bytes and no invalid values.
     unsafe {
         let bh = |vector: __m512i| core::mem::transmute::<__m512i, __m512bh>(vector);
         let values = _mm512_loadu_ps(table.values.as_ptr());
         let zero = _mm512_setzero_si512();
-        let mut codes = tiles.codes.as_ptr();
-        let mut scales = tiles.scales.as_ptr();
-        let mut out = sums.as_mut_ptr().cast::<f32>();
-        for _ in 0..tiles.num_tiles() {
+        for tile in 0..tiles.num_tiles() {
+            let at = tile * tiles.groups_per_row + tiles.groups.start;
+            let (codes, scales) = (tiles.codes.as_ptr().add(at), tiles.scales.as_ptr().add(at));
+            let out = acc.as_mut_ptr().add(tile * M * TILE_ROWS * 16);
             for part in (0..2).step_by(PAIRS) {
-                let mut acc = [[[_mm512_setzero_ps(); 2]; PAIRS]; M];
+                let out = out.add(2 * part * 16);
+                let mut acc = load_acc::<M, PAIRS>(out, tiles.groups.start);
                 for group in 0..groups {
                     let (codes, scales) = (&(*codes.add(group)).0, &*scales.add(group));
                     let mut tables = [[zero; 2]; PAIRS];
@@ -229,15 +303,18 @@ unsafe fn forward_bf16_of<const M: usize, const PAIRS: usize>(
                             tables[pair][row] = block_table_bf16(values, scales[2 * (part + pair) + row]);
                         }
                     }
+                    let mut lines = [zero; PAIRS];
+                    for pair in 0..PAIRS {
+                        lines[pair] = _mm512_loadu_si512(codes[part + pair].as_ptr().cast());
+                    }
                     for vector in 0..GROUP / 32 {
                         let mut weights = [[zero; 2]; PAIRS];
                         for pair in 0..PAIRS {
-                            let codes = codes[part + pair].as_ptr().add(32 * vector);
-                            let codes = _mm512_cvtepu8_epi16(_mm256_loadu_si256(codes.cast()));
-                            weights[pair] = [
-                                _mm512_permutexvar_epi16(codes, tables[pair][0]),
-                                _mm512_permutexvar_epi16(_mm512_srli_epi16::<4>(codes), tables[pair][1]),
-                            ];
+                            for row in 0..2 {
+                                let shift = _mm_cvtsi32_si128(8 * vector as i32 + 4 * row as i32);
+                                let codes = _mm512_srl_epi16(lines[pair], shift);
+                                weights[pair][row] = _mm512_permutexvar_epi16(codes, tables[pair][row]);
+                            }
                         }
                         for m in 0..M {
                             let x = x.data.as_ptr().add(m * x.stride + group * GROUP + 32 * vector);
@@ -250,13 +327,8 @@ unsafe fn forward_bf16_of<const M: usize, const PAIRS: usize>(
                         }
                     }
                 }
-                for (m, acc) in acc.into_iter().enumerate() {
-                    store_sums(acc, out.add(m * TILE_ROWS + 2 * part));
-                }
+                store_acc(acc, out);
             }
-            codes = codes.add(groups);
-            scales = scales.add(groups);
-            out = out.add(M * TILE_ROWS);
         }
     }
 }
@@ -268,28 +340,28 @@ unsafe fn forward_int8_of<const M: usize, const PAIRS: usize>(
     tiles: &Tiles<'_>,
     table: &Int8Table,
     x: &Int8Rows<'_>,
-    sums: &mut Sums,
+    acc: &mut [f32],
     scratch: &mut Sums,
 ) {
-    let groups = tiles.groups_per_row;
-    // SAFETY: `check_int8`: 16 codes; `groups` groups and scales a tile, and a row of activations; as many scratch scales for each
-    // row; 4 sums for each of M rows a tile.
+    let groups = tiles.groups.len;
+    // SAFETY: `check_int8`: 16 codes; a tile has the groups worked on and their scales, a row of activations as many, as has the scratch of each
+    // row; 4 accumulators for each of M rows a tile.
     unsafe {
         let values = _mm512_broadcast_i32x4(_mm_loadu_si128(table.codes.as_ptr().cast()));
-        let inverse_scale = _mm_set1_ps(table.inverse_scale);
-        let mut codes = tiles.codes.as_ptr();
-        let mut scales = tiles.scales.as_ptr();
-        let mut out = sums.as_mut_ptr().cast::<f32>();
-        for _ in 0..tiles.num_tiles() {
+        for tile in 0..tiles.num_tiles() {
+            let at = tile * tiles.groups_per_row + tiles.groups.start;
+            let (codes, scales) = (tiles.codes.as_ptr().add(at), tiles.scales.as_ptr().add(at));
+            let out = acc.as_mut_ptr().add(tile * M * TILE_ROWS * 16);
             for m in 0..M {
                 for group in 0..groups {
-                    let scale = _mm_set1_ps(*x.scales.as_ptr().add(m * groups + group));
+                    let scale = _mm_set1_ps(*x.scales.as_ptr().add(m * x.stride + group));
                     let scale = _mm_mul_ps(_mm_loadu_ps((*scales.add(group)).as_ptr()), scale);
                     _mm_storeu_ps(scratch.as_mut_ptr().add(m * groups + group).cast(), scale);
                 }
             }
             for part in (0..2).step_by(PAIRS) {
-                let mut acc = [[[_mm512_setzero_ps(); 2]; PAIRS]; M];
+                let out = out.add(2 * part * 16);
+                let mut acc = load_acc::<M, PAIRS>(out, tiles.groups.start);
                 for group in 0..groups {
                     let codes = &(*codes.add(group)).0;
                     let mut weights = [[values; 2]; PAIRS];
@@ -301,7 +373,7 @@ unsafe fn forward_int8_of<const M: usize, const PAIRS: usize>(
                         ];
                     }
                     for m in 0..M {
-                        let x = &*x.groups.as_ptr().add(m * groups + group);
+                        let x = &*x.groups.as_ptr().add(m * x.stride + group);
                         let start = _mm512_loadu_si512(x.start.as_ptr().cast());
                         let x = _mm512_loadu_si512(x.codes.as_ptr().cast());
                         let scale = &*scratch.as_ptr().add(m * groups + group);
@@ -314,17 +386,8 @@ unsafe fn forward_int8_of<const M: usize, const PAIRS: usize>(
                         }
                     }
                 }
-                for (m, acc) in acc.into_iter().enumerate() {
-                    store_sums(acc, out.add(m * TILE_ROWS + 2 * part));
-                }
+                store_acc(acc, out);
             }
-            for m in 0..M {
-                let out = out.add(m * TILE_ROWS);
-                _mm_storeu_ps(out, _mm_mul_ps(_mm_loadu_ps(out), inverse_scale));
-            }
-            codes = codes.add(groups);
-            scales = scales.add(groups);
-            out = out.add(M * TILE_ROWS);
         }
     }
 }

@@ -119,28 +119,45 @@ impl Int8Group {
     pub(crate) const ZERO: Self = Self { codes: [0; GROUP], start: [0; 16] };
 }
 
-/// Activations in 8 bits: `[rows, groups_per_row]` groups, each with its scale.
+/// Activations in 8 bits, each group with its scale: those of the groups that are worked on.
 #[derive(Clone, Copy)]
 pub(crate) struct Int8Rows<'a> {
     pub(crate) groups: &'a [Int8Group],
     pub(crate) scales: &'a [f32],
     pub(crate) rows: usize,
+    /// Groups from one row to the next.
+    pub(crate) stride: usize,
 }
 
 /// A product's outputs: for each tile and each row of activations the 4 rows of the tile, `[num_tiles, rows]`.
 pub(crate) type Sums = [[f32; TILE_ROWS]];
+
+/// A product of up to `max_rows` rows of activations with all tiles. It adds to `acc`, `[num_tiles, rows, 4, lanes]`, or, when the groups begin with the
+/// first, replaces what is there; lanes are summed last. So a row can be worked through in pieces, without a trace in the result.
+pub(crate) type Forward<T> = fn(&Tiles<'_>, &Table, &Rows<'_, T>, acc: &mut [f32]);
+
+/// As [`Forward`] with integers; the last argument is scratch of `rows · groups.len`.
+pub(crate) type ForwardInt8 = fn(&Tiles<'_>, &Int8Table, &Int8Rows<'_>, acc: &mut [f32], scratch: &mut Sums);
+
+/// Puts activations in the order that a product wants, within each group.
+pub(crate) type Order<T> = fn(&[T], &mut [T]);
 
 pub(crate) struct Kernels {
     /// Rows of activations that one call takes at most.
     pub(crate) max_rows: usize,
     /// From how many rows on decoding a panel and multiplying that is faster, in f32 and bf16.
     pub(crate) panel_rows: [usize; 2],
-    /// All groups of all tiles times up to `max_rows` rows of activations.
-    pub(crate) forward_f32: fn(&Tiles<'_>, &Table, &Rows<'_, f32>, &mut Sums),
-    /// As `forward_f32` in bf16; without it, `forward_f32` with `Table::round` does.
-    pub(crate) forward_bf16: Option<fn(&Tiles<'_>, &Table, &Rows<'_, u16>, &mut Sums)>,
-    /// As `forward_f32` with integers; the last argument is scratch of `groups_per_row · rows`.
-    pub(crate) forward_int8: fn(&Tiles<'_>, &Int8Table, &Int8Rows<'_>, &mut Sums, &mut Sums),
+    /// Lanes of an accumulator.
+    pub(crate) lanes: usize,
+    pub(crate) forward_f32: Forward<f32>,
+    /// The order that it wants its activations in, if not the natural one.
+    pub(crate) order_f32: Option<Order<f32>>,
+    /// Without it, `forward_f32` with `Table::round` does.
+    pub(crate) forward_bf16: Option<Forward<u16>>,
+    pub(crate) order_bf16: Option<Order<u16>>,
+    pub(crate) forward_int8: ForwardInt8,
+    /// The sums over lanes.
+    pub(crate) reduce: fn(acc: &[f32], sums: &mut Sums),
     /// 64 activations to integers; the result is their scale.
     pub(crate) quantize: fn(&[f32; GROUP], &mut Int8Group) -> f32,
     /// The weights of the tiles, `[num_tiles · 4, groups.len · 64]`.
@@ -172,23 +189,23 @@ pub(crate) fn kernels(isa: Isa) -> &'static Kernels {
 }
 
 /// Panics unless all that a forward product reads and writes is there: the kernels' pointers rely on it.
-fn check_forward<T>(tiles: &Tiles<'_>, x: &Rows<'_, T>, sums: &Sums, max_rows: usize) {
+fn check_forward<T>(tiles: &Tiles<'_>, x: &Rows<'_, T>, acc: &[f32], max_rows: usize, lanes: usize) {
     tiles.check();
-    x.check(tiles.groups_per_row * GROUP);
+    x.check(tiles.groups.len * GROUP);
     assert!(x.rows <= max_rows, "at most {max_rows} rows");
-    assert!(tiles.groups.len == tiles.groups_per_row, "products take whole rows");
-    assert_eq!(sums.len(), tiles.num_tiles() * x.rows, "an output for each tile and row");
+    assert_eq!(acc.len(), tiles.num_tiles() * x.rows * TILE_ROWS * lanes, "an accumulator for each tile and row");
 }
 
 /// As [`check_forward`].
-fn check_int8(tiles: &Tiles<'_>, x: &Int8Rows<'_>, sums: &Sums, scratch: &Sums, max_rows: usize) {
+fn check_int8(tiles: &Tiles<'_>, x: &Int8Rows<'_>, acc: &[f32], scratch: &Sums, max_rows: usize, lanes: usize) {
     tiles.check();
     assert!(x.rows <= max_rows, "at most {max_rows} rows");
-    assert!(tiles.groups.len == tiles.groups_per_row, "products take whole rows");
-    assert_eq!(x.groups.len(), x.rows * tiles.groups_per_row, "every row is whole");
+    if x.rows > 0 {
+        assert!((x.rows - 1) * x.stride + tiles.groups.len <= x.groups.len(), "every row is whole");
+    }
     assert_eq!(x.scales.len(), x.groups.len(), "a scale for each group");
-    assert_eq!(scratch.len(), x.groups.len(), "scratch for the scales of a tile");
-    assert_eq!(sums.len(), tiles.num_tiles() * x.rows, "an output for each tile and row");
+    assert_eq!(scratch.len(), x.rows * tiles.groups.len, "scratch for the scales of a tile");
+    assert_eq!(acc.len(), tiles.num_tiles() * x.rows * TILE_ROWS * lanes, "an accumulator for each tile and row");
 }
 
 /// Panics unless a panel of `elements` elements a group and row fits.

@@ -8,10 +8,14 @@ use crate::Bf16;
 
 pub(super) static KERNELS: Kernels = Kernels {
     max_rows: 8,
+    lanes: 1,
     panel_rows: [usize::MAX; 2],
     forward_f32,
+    order_f32: None,
     forward_bf16: None,
+    order_bf16: None,
     forward_int8,
+    reduce,
     quantize,
     panel_f32,
     panel_bf16,
@@ -46,12 +50,14 @@ impl Tiles<'_> {
     }
 }
 
-fn forward_f32(tiles: &Tiles<'_>, table: &Table, x: &Rows<'_, f32>, sums: &mut Sums) {
-    check_forward(tiles, x, sums, 8);
-    for (index, sums) in sums.iter_mut().enumerate() {
+fn forward_f32(tiles: &Tiles<'_>, table: &Table, x: &Rows<'_, f32>, acc: &mut [f32]) {
+    check_forward(tiles, x, acc, 8, 1);
+    for (index, sums) in acc.chunks_exact_mut(TILE_ROWS).enumerate() {
         let (tile, m) = (index / x.rows, index % x.rows);
         let x = &x.data[m * x.stride..];
-        *sums = [0.0; TILE_ROWS];
+        if tiles.groups.start == 0 {
+            sums.fill(0.0);
+        }
         for ((codes, scales), x) in tiles.groups_of(tile).zip(x.chunks_exact(GROUP)) {
             for (row, sum) in sums.iter_mut().enumerate() {
                 for (column, x) in x.iter().enumerate() {
@@ -62,13 +68,14 @@ fn forward_f32(tiles: &Tiles<'_>, table: &Table, x: &Rows<'_, f32>, sums: &mut S
     }
 }
 
-fn forward_int8(tiles: &Tiles<'_>, table: &Int8Table, x: &Int8Rows<'_>, sums: &mut Sums, scratch: &mut Sums) {
-    check_int8(tiles, x, sums, scratch, 8);
-    for (index, sums) in sums.iter_mut().enumerate() {
+fn forward_int8(tiles: &Tiles<'_>, table: &Int8Table, x: &Int8Rows<'_>, acc: &mut [f32], scratch: &mut Sums) {
+    check_int8(tiles, x, acc, scratch, 8, 1);
+    for (index, sums) in acc.chunks_exact_mut(TILE_ROWS).enumerate() {
         let (tile, m) = (index / x.rows, index % x.rows);
-        let row = m * tiles.groups_per_row..(m + 1) * tiles.groups_per_row;
-        let x = x.groups[row.clone()].iter().zip(&x.scales[row]);
-        *sums = [0.0; TILE_ROWS];
+        let x = x.groups[m * x.stride..].iter().zip(&x.scales[m * x.stride..]);
+        if tiles.groups.start == 0 {
+            sums.fill(0.0);
+        }
         for ((codes, scales), (x, x_scale)) in tiles.groups_of(tile).zip(x) {
             for (row, sum) in sums.iter_mut().enumerate() {
                 let weight = |column| i32::from(table.codes[usize::from(codes.code(row, column))]) - 128;
@@ -76,8 +83,11 @@ fn forward_int8(tiles: &Tiles<'_>, table: &Int8Table, x: &Int8Rows<'_>, sums: &m
                 *sum += dot as f32 * (scales[row] * x_scale);
             }
         }
-        sums.iter_mut().for_each(|sum| *sum *= table.inverse_scale);
     }
+}
+
+fn reduce(acc: &[f32], sums: &mut Sums) {
+    sums.as_flattened_mut().copy_from_slice(acc);
 }
 
 /// The largest magnitude becomes 127; ties round to even. A group with a number that is not finite has the scale NaN.
