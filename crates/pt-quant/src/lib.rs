@@ -13,6 +13,8 @@ mod error;
 mod exec;
 mod isa;
 mod product;
+#[doc(hidden)]
+pub mod roof;
 mod simd;
 
 pub use block4::{

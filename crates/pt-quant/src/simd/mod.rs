@@ -4,4 +4,5 @@ pub(crate) mod block4;
 pub(crate) mod dense;
 pub(crate) mod dynamic8;
 pub(crate) mod product;
+pub(crate) mod roof;
 pub(crate) mod view;
