@@ -99,7 +99,7 @@ mod sealed {
     #[cfg(feature = "half")]
     impl Sealed for half::bf16 {
         fn as_bf16_bits(slice: &[Self]) -> Option<&[u16]> {
-            Some(half::slice::HalfBitsSliceExt::reinterpret_cast(slice))
+            Some(half::slice::HalfFloatSliceExt::reinterpret_cast(slice))
         }
     }
     #[cfg(feature = "half")]

@@ -6,11 +6,14 @@ extern crate alloc;
 
 mod block4;
 mod codebook;
+pub mod delta;
 pub mod dense;
 mod dynamic8;
 mod element;
 mod error;
 mod exec;
+#[cfg(any(feature = "safetensors", feature = "gguf", feature = "ndarray"))]
+pub mod formats;
 mod isa;
 mod product;
 #[doc(hidden)]
@@ -23,7 +26,7 @@ pub use block4::{
 };
 pub use codebook::Codebook;
 pub use dynamic8::DynamicMap;
-pub use element::{Bf16, Element, F16};
+pub use element::{Bf16, Element, ElementKind, F16};
 pub use error::QuantError;
 #[cfg(feature = "rayon")]
 pub use exec::Rayon;

@@ -46,6 +46,29 @@ impl<'a> ViewMut<'a> {
     }
 }
 
+/// Little-endian numbers where they lie, if this processor is little-endian and they lie at a multiple of 4 bytes; `None` too when bytes are left over.
+#[cfg(feature = "safetensors")]
+pub(crate) fn f32s_in(bytes: &[u8]) -> Option<&[f32]> {
+    if cfg!(target_endian = "big") {
+        return None;
+    }
+    // SAFETY: any four bytes are an `f32`; `align_to` sees to the alignment.
+    match unsafe { bytes.align_to::<f32>() } {
+        ([], numbers, []) => Some(numbers),
+        _ => None,
+    }
+}
+
+/// Numbers as little-endian bytes, copied only on a big-endian processor.
+#[cfg(feature = "safetensors")]
+pub(crate) fn bytes_of(numbers: &[f32]) -> alloc::borrow::Cow<'_, [u8]> {
+    if cfg!(target_endian = "big") {
+        return numbers.iter().flat_map(|number| number.to_le_bytes()).collect();
+    }
+    // SAFETY: an `f32` is four bytes without padding, and bytes lie anywhere.
+    unsafe { core::slice::from_raw_parts(numbers.as_ptr().cast::<u8>(), size_of_val(numbers)) }.into()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
