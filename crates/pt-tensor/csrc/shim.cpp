@@ -3,6 +3,7 @@
 // callbacks return errors as strings, so no panic crosses into C++.
 
 #include <ATen/CPUGeneratorImpl.h>
+#include <ATen/Parallel.h>
 #include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/torch.h>
@@ -131,6 +132,13 @@ char* pt_set_cpu_generator_state(at::Tensor* state) {
   } catch (const std::exception& error) {
     return copy_message(error);
   }
+}
+
+// Calls `task(ctx)` `count` times on libtorch's threads; one after the other inside a task. `task` does not throw.
+void pt_parallel(int64_t count, void (*task)(void*), void* ctx) {
+  at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) task(ctx);
+  });
 }
 
 void pt_free_message(char* message) { free(message); }

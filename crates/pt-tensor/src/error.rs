@@ -12,6 +12,9 @@ pub enum TensorError {
     /// libtorch threw.
     #[error("libtorch: {}", first_line(.0))]
     Torch(#[from] tch::TchError),
+    /// A kernel of `pt-quant` refused its arguments.
+    #[error(transparent)]
+    Quant(#[from] pt_quant::QuantError),
     /// An argument has a shape that the function does not take.
     #[error("{what} has shape {found:?}, expected {expected}")]
     Shape {
@@ -79,6 +82,7 @@ impl TensorError {
     pub fn hint(&self) -> Option<String> {
         match self {
             Self::Other { hint, .. } => hint.clone(),
+            Self::Quant(error) => Some(error.hint().into()),
             Self::Torch(e) if e.to_string().contains("out of memory") || e.to_string().contains("can't allocate") => {
                 Some("out of memory: use smaller micro-batches (max_tokens_per_microbatch), activation checkpointing or bf16".into())
             }

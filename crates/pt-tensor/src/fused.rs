@@ -38,16 +38,6 @@ unsafe extern "C" {
         dup: *mut c_void,
         count: i64,
     );
-    fn pt_linear(
-        is_bf16: c_int,
-        x: *const c_void,
-        w: *const c_void,
-        bias: *const c_void,
-        y: *mut c_void,
-        rows: i64,
-        input: i64,
-        output: i64,
-    );
     fn pt_softmax_tile(
         is_bf16: c_int,
         x: *mut c_void,
@@ -181,54 +171,6 @@ pub fn swiglu(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
     Ok(y)
 }
 
-/// The most rows that [`linear`] streams a weight for; libtorch's products are as fast from about there.
-const FEW_ROWS: i64 = 32;
-
-/// The outputs that the kernel takes together at most: it needs as many.
-const MIN_OUTPUTS: i64 = 6;
-
-/// x · Wᵀ + b: `x: [.., in]`, `weight: [out, in]`, `bias: [out]`; returns `[.., out]`.
-///
-/// Where no gradient is wanted and x has few rows, as in decoding, the CPU reads the weight once at the memory's
-/// speed; otherwise this is libtorch's `linear`.
-///
-/// # Errors
-/// When the shapes do not fit.
-pub fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
-    let size = weight.size();
-    let fits = size.len() == 2 && x.size().last() == size.last() && bias.is_none_or(|b| b.size() == size[..1]);
-    let operands: Vec<&Tensor> = [x, weight].into_iter().chain(bias).collect();
-    if !fits
-        || size[0] < MIN_OUTPUTS
-        || size[1] == 0
-        || x.numel() as i64 > FEW_ROWS * size[1]
-        || !is_fusable(&operands)
-        || operands.iter().any(|t| t.requires_grad())
-        || !weight.is_contiguous()
-    {
-        return Ok(x.f_linear(weight, bias)?);
-    }
-    let (x, bias) = (x.contiguous(), bias.map(Tensor::contiguous));
-    let rows = x.numel() as i64 / size[1];
-    let mut out = x.size();
-    *out.last_mut().unwrap_or(&mut 0) = size[0];
-    let y = Tensor::empty(out, (x.kind(), x.device()));
-    // SAFETY: contiguous CPU tensors of one kind and the sizes given, checked above, alive during the call.
-    unsafe {
-        pt_linear(
-            is_bf16(&x),
-            ptr(&x),
-            ptr(weight),
-            bias.as_ref().map_or(std::ptr::null(), |bias| ptr(bias).cast_const()),
-            ptr(&y),
-            rows,
-            size[1],
-            size[0],
-        );
-    }
-    Ok(y)
-}
-
 /// What a softmax over tiles of the vocabulary has gathered so far, each `[rows]` f32 (f64 for f64 input).
 #[derive(Debug)]
 pub(crate) struct SoftmaxState {
@@ -359,32 +301,6 @@ mod tests {
         let y = Vec::<f32>::try_from(&y).unwrap();
         assert!(y[0].abs() < 1e-30 && y[1].abs() < 1e-30);
         assert_eq!(y[2..], [90., 200., 0.]);
-    }
-
-    #[test]
-    fn linear_equals_libtorch_for_few_rows_and_many() {
-        let _lock = crate::random::test_lock();
-        for (kind, tolerance) in [(Kind::Float, 5e-6), (Kind::BFloat16, 8e-3)] {
-            let draw = |size: &[i64]| Tensor::randn(size, (Kind::Float, Device::Cpu)).to_kind(kind);
-            for (input, output) in [(64, 6), (577, 193), (16, 1000), (7, 25)] {
-                let (weight, bias) = (draw(&[output, input]), draw(&[output]));
-                for rows in [0, 1, 2, 3, 4, 5, 16, 17, 32, 33] {
-                    let x = draw(&[rows, input]);
-                    for bias in [None, Some(&bias)] {
-                        let y = linear(&x, &weight, bias).unwrap();
-                        let wide = |t: &Tensor| t.to_kind(Kind::Double);
-                        let want = wide(&x).linear(&wide(&weight), bias.map(wide).as_ref());
-                        assert_eq!((y.size(), y.kind()), (want.size(), kind));
-                        if rows > 0 {
-                            let error = (wide(&y) - &want).abs().max() / want.abs().max();
-                            assert!(error.double_value(&[]) < tolerance, "{kind:?} {rows} x {input} x {output}");
-                        }
-                    }
-                }
-            }
-        }
-        let x = Tensor::ones([1, 3], (Kind::Float, Device::Cpu));
-        assert!(linear(&x, &Tensor::ones([12, 4], (Kind::Float, Device::Cpu)), None).is_err());
     }
 
     #[test]

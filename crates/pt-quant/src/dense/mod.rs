@@ -89,7 +89,8 @@ pub(crate) fn grown<T: Copy + Default>(buffer: &mut Vec<T>, len: usize) -> &mut 
 /// `y = x · wᵀ`: a linear layer without bias, `w` as a checkpoint stores it.
 ///
 /// # Shapes
-/// - `x`: `[rows, depth]`, `w`: `[columns, depth]`, `y`: `[rows, columns]`, row-major; `T` is `f32` or [`Bf16`](crate::Bf16).
+/// - `x`: `[rows, depth]`, `w`: `[columns, depth]`, `y`: `[rows, columns]`, row-major; `T` is `f32` or [`Bf16`](crate::Bf16), `O` any
+///   format, to which the sums are rounded.
 ///
 /// Sums are in f32, in an order that depends on the instruction set but not on the threads; bf16 operands are used as they are.
 ///
@@ -102,16 +103,16 @@ pub(crate) fn grown<T: Copy + Default>(buffer: &mut Vec<T>, len: usize) -> &mut 
 /// use pt_quant::Exec;
 ///
 /// let (x, w) = ([1.0f32, 2.0, 3.0, 4.0], [1.0f32, 0.0, 1.0, 1.0, 0.0, 1.0]); // [2, 2], [3, 2]
-/// let mut y = [0.0; 6];
+/// let mut y = [0f32; 6];
 /// let shape = GemmShape { rows: 2, columns: 3, depth: 2 };
 /// gemm_nt(&x, &w, &mut y, shape, Output::Replace, &mut Workspace::new(), &Exec::new())?;
 /// assert_eq!(y, [1.0, 3.0, 2.0, 3.0, 7.0, 4.0]);
 /// # Ok::<(), pt_quant::QuantError>(())
 /// ```
-pub fn gemm_nt<T: Element>(
+pub fn gemm_nt<T: Element, O: Element>(
     x: &[T],
     w: &[T],
-    y: &mut [f32],
+    y: &mut [O],
     shape: GemmShape,
     output: Output,
     workspace: &mut Workspace,
@@ -127,10 +128,10 @@ pub fn gemm_nt<T: Element>(
 ///
 /// # Errors
 /// As [`gemm_nt`].
-pub fn gemm_nn<T: Element>(
+pub fn gemm_nn<T: Element, O: Element>(
     x: &[T],
     w: &[T],
-    y: &mut [f32],
+    y: &mut [O],
     shape: GemmShape,
     output: Output,
     workspace: &mut Workspace,
@@ -148,10 +149,10 @@ enum Layout {
     RowsAreDepth,
 }
 
-fn gemm<T: Element>(
+fn gemm<T: Element, O: Element>(
     x: &[T],
     w: &[T],
-    y: &mut [f32],
+    y: &mut [O],
     (shape, output): (GemmShape, Output),
     workspace: &mut Workspace,
     exec: &Exec<'_>,
@@ -206,11 +207,11 @@ fn gemm<T: Element>(
 }
 
 /// The product of a few rows, which reads each weight once.
-fn run_dots<T: Sync>(
+fn run_dots<T: Sync, O: Element>(
     dots: DotsFn<T>,
     x: &[T],
     w: &[T],
-    (y, shape, output): (&mut [f32], GemmShape, Output),
+    (y, shape, output): (&mut [O], GemmShape, Output),
     slots: &mut [Slot],
     exec: &Exec<'_>,
 ) {
@@ -226,9 +227,9 @@ fn run_dots<T: Sync>(
 
 /// Goes over the columns of `y` in blocks and over the depth in panels: `add_panel(columns, depths, yt, panel_f32, panel_bf16)` adds to `yt`
 /// (`[columns, padded rows]`) what the panel gives; the panels are scratch for it. `depths.start` is even.
-pub(crate) fn run_blocks(
+pub(crate) fn run_blocks<O: Element>(
     kernels: &Kernels,
-    (y, shape, output): (&mut [f32], GemmShape, Output),
+    (y, shape, output): (&mut [O], GemmShape, Output),
     slots: &mut [Slot],
     exec: &Exec<'_>,
     add_panel: impl Fn(Range<usize>, Range<usize>, &mut [f32], &mut Vec<f32>, &mut Vec<u32>) + Sync,
@@ -252,13 +253,13 @@ pub(crate) fn run_blocks(
 }
 
 /// Writes the transpose of `yt` to a block of columns.
-fn store(yt: &[f32], padded_rows: usize, block: &mut Columns<'_, f32>, output: Output) {
+fn store<O: Element>(yt: &[f32], padded_rows: usize, block: &mut Columns<'_, O>, output: Output) {
     for row in 0..block.num_rows() {
         let sums = yt[row..].iter().step_by(padded_rows);
         let y = block.row(row).iter_mut().zip(sums);
         match output {
-            Output::Replace => y.for_each(|(y, sum)| *y = *sum),
-            Output::Add => y.for_each(|(y, sum)| *y += *sum),
+            Output::Replace => y.for_each(|(y, sum)| *y = O::from_f32(*sum)),
+            Output::Add => y.for_each(|(y, sum)| *y = O::from_f32(y.to_f32() + sum)),
         }
     }
 }
@@ -303,7 +304,7 @@ mod tests {
                 );
                 let mut alone = vec![start; shape.rows * shape.columns];
                 let mut y = alone.clone();
-                let run = if transposed { gemm_nn::<T> } else { gemm_nt::<T> };
+                let run = if transposed { gemm_nn::<T, f32> } else { gemm_nt::<T, f32> };
                 run(&x, &w, &mut y, shape, Output::Add, &mut Workspace::new(), &exec).unwrap();
                 for (got, (exact, size)) in y.iter().zip(&exact) {
                     let error = (f64::from(*got) - f64::from(start) - exact).abs();
@@ -312,6 +313,10 @@ mod tests {
                 run(&x, &w, &mut alone, shape, Output::Add, &mut Workspace::new(), &exec.with_pool(&crate::Inline))
                     .unwrap();
                 assert_eq!(y, alone, "{isa}: threads change nothing");
+                let mut short = vec![Bf16::from_f32(start); shape.rows * shape.columns];
+                let run = if transposed { gemm_nn::<T, Bf16> } else { gemm_nt::<T, Bf16> };
+                run(&x, &w, &mut short, shape, Output::Add, &mut Workspace::new(), &exec).unwrap();
+                assert!(short.iter().zip(&y).all(|(short, y)| *short == Bf16::from_f32(*y)), "{isa}: rounded once");
             }
         }
     }
@@ -356,7 +361,7 @@ mod tests {
         let shape = GemmShape { rows: 1, columns: 2, depth: 3 };
         let run = |x: usize, w: usize, y: usize, shape: GemmShape| {
             let (x, w) = (vec![0f32; x], vec![0f32; w]);
-            gemm_nt(&x, &w, &mut vec![0.0; y], shape, Output::Replace, &mut Workspace::new(), &Exec::new())
+            gemm_nt(&x, &w, &mut vec![0f32; y], shape, Output::Replace, &mut Workspace::new(), &Exec::new())
         };
         assert_eq!(run(3, 6, 2, shape), Ok(()));
         assert!(matches!(run(2, 6, 2, shape), Err(QuantError::Length { what: "x", found: 2, expected: 3 })));

@@ -1,39 +1,8 @@
-//! Linear weights, however they are stored.
+//! Weights held as they are computed with.
 
+use super::Weight;
 use crate::Result;
 use tch::{Device, Kind, Tensor};
-
-/// A linear weight `[out_features, in_features]`, however it is stored.
-///
-/// Laws: `project(x)` equals `x · dense()ᵀ` within the rounding of the compute kind, and gradients flow through
-/// `project` to its input.
-pub trait Weight: std::fmt::Debug {
-    /// `(out_features, in_features)`.
-    fn size(&self) -> (i64, i64);
-
-    /// The weight as a dense tensor `[out_features, in_features]`.
-    ///
-    /// # Errors
-    /// When the store cannot be decoded.
-    fn dense(&self) -> Result<Tensor>;
-
-    /// `hidden_states · Wᵀ (+ bias)`: `[.., in_features]` → `[.., out_features]`.
-    ///
-    /// # Errors
-    /// When the shapes do not fit.
-    fn project(&self, hidden_states: &Tensor, bias: Option<&Tensor>) -> Result<Tensor>;
-
-    /// Device the weight lives on.
-    fn device(&self) -> Device;
-
-    /// Kind it computes in.
-    fn kind(&self) -> Kind;
-
-    /// The dense parameter itself, where there is one that can be trained in full.
-    fn parameter(&self) -> Option<&Tensor> {
-        None
-    }
-}
 
 /// A weight held as a plain tensor.
 #[derive(Debug)]

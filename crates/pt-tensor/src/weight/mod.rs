@@ -1,0 +1,47 @@
+//! Linear weights, however they are stored.
+
+mod dense;
+mod nf4;
+
+pub use dense::DenseWeight;
+pub use nf4::{Nf4Arithmetic, Nf4Options, Nf4Weight};
+
+use crate::Result;
+use tch::{Device, Kind, Tensor};
+
+/// A linear weight `[out_features, in_features]`, however it is stored.
+///
+/// Laws: `project(x)` equals `x · dense()ᵀ` within the rounding of the compute kind, and gradients flow through
+/// `project` to its input.
+pub trait Weight: std::fmt::Debug {
+    /// `(out_features, in_features)`.
+    fn size(&self) -> (i64, i64);
+
+    /// The weight as a dense tensor `[out_features, in_features]`.
+    ///
+    /// # Errors
+    /// When the store cannot be decoded.
+    fn dense(&self) -> Result<Tensor>;
+
+    /// `hidden_states · Wᵀ (+ bias)`: `[.., in_features]` → `[.., out_features]`.
+    ///
+    /// # Errors
+    /// When the shapes do not fit.
+    fn project(&self, hidden_states: &Tensor, bias: Option<&Tensor>) -> Result<Tensor>;
+
+    /// Device the weight lives on.
+    fn device(&self) -> Device;
+
+    /// Kind it computes in.
+    fn kind(&self) -> Kind;
+
+    /// The dense parameter itself, where there is one that can be trained in full.
+    fn parameter(&self) -> Option<&Tensor> {
+        None
+    }
+
+    /// The 4-bit store, where the weight is one.
+    fn as_nf4(&self) -> Option<&Nf4Weight> {
+        None
+    }
+}

@@ -1,0 +1,394 @@
+//! Weights held in 4 bits.
+
+use std::rc::Rc;
+
+use pt_quant::dense::Output;
+use pt_quant::{Arithmetic, Block4, Block4Matrix, Block4Ref, BlockSize, Codebook, ProductOptions, ScaleFormat};
+use tch::{Device, Kind, Tensor, no_grad};
+
+use super::Weight;
+use crate::autograd::attach_backward;
+use crate::pool::{exec, with_workspace};
+use crate::slices::{bf16s, bf16s_mut, f32s, f32s_mut};
+use crate::{Result, TensorError};
+
+/// How a weight is quantized; the defaults are QLoRA's.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Nf4Options {
+    /// Weights that share a scale: a power of two from 32 to 4096.
+    pub block_size: usize,
+    /// Quantize the scales too, to 8 bits in blocks of 256: 4.127 instead of 4.5 bits a weight.
+    pub double_quant: bool,
+}
+
+impl Default for Nf4Options {
+    fn default() -> Self {
+        Self { block_size: 64, double_quant: true }
+    }
+}
+
+/// In which numbers a 4-bit weight is multiplied on the CPU when no gradient is wanted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Nf4Arithmetic {
+    /// As if the weight were dequantized to the kind it computes in.
+    #[default]
+    Exact,
+    /// Activations in 8 bits with a scale for each 64 (W4A8): faster, with a relative error of some 0.6 % an output.
+    Int8,
+}
+
+/// A linear weight in NF4 (Dettmers et al. 2023, <https://arxiv.org/abs/2305.14314>): 4-bit codes and one scale a block, the values
+/// of bitsandbytes bit for bit. LoRA over it is QLoRA.
+///
+/// Products on the CPU, forward and backward, decode as they multiply: a dense copy never exists. On other devices the weight is
+/// dequantized by libtorch's operations for each product.
+#[derive(Debug)]
+pub struct Nf4Weight {
+    store: Store,
+    size: (i64, i64),
+    kind: Kind,
+    arithmetic: Nf4Arithmetic,
+}
+
+#[derive(Debug)]
+enum Store {
+    Cpu(Rc<Block4Matrix>),
+    Tensors(Tensors),
+}
+
+impl Nf4Weight {
+    /// Quantizes a dense weight `[out_features, in_features]`, which stays as it is; computes in its kind, on its device.
+    ///
+    /// # Errors
+    /// [`TensorError::Shape`] unless it has two axes, [`TensorError::Quant`] for a block size that there is not.
+    pub fn quantize(weight: &Tensor, options: Nf4Options) -> Result<Self> {
+        let block4 = quantize(weight, options)?;
+        let (out_features, in_features) = weight.size2()?;
+        Self::new(block4.as_ref(), (out_features, in_features), weight.kind(), weight.device())
+    }
+
+    /// Holds a 4-bit tensor of `size` = (out_features, in_features) that computes in `kind` on `device`.
+    ///
+    /// # Errors
+    /// [`TensorError::Quant`] when the tensor has another number of weights.
+    pub fn new(weights: Block4Ref<'_>, size: (i64, i64), kind: Kind, device: Device) -> Result<Self> {
+        let store = match device {
+            Device::Cpu => {
+                let (rows, columns) = (size.0.unsigned_abs() as usize, size.1.unsigned_abs() as usize);
+                Store::Cpu(Rc::new(Block4Matrix::from_block4(weights, rows, columns, ScaleFormat::F32, &exec())?))
+            }
+            device => Store::Tensors(Tensors::new(weights, size, device)?),
+        };
+        Ok(Self { store, size, kind, arithmetic: Nf4Arithmetic::Exact })
+    }
+
+    /// With other arithmetic where no gradient is wanted.
+    #[must_use]
+    pub fn with_arithmetic(self, arithmetic: Nf4Arithmetic) -> Self {
+        Self { arithmetic, ..self }
+    }
+
+    /// Bytes that codes and scales take.
+    pub fn num_bytes(&self) -> usize {
+        match &self.store {
+            Store::Cpu(matrix) => matrix.num_bytes(),
+            Store::Tensors(tensors) => tensors.packed.numel() + 4 * tensors.absmax.numel(),
+        }
+    }
+}
+
+/// Quantizes a dense weight of any device, in f32, bf16 or f16.
+///
+/// # Errors
+/// As [`Nf4Weight::quantize`].
+fn quantize(weight: &Tensor, options: Nf4Options) -> Result<Block4> {
+    if weight.dim() != 2 {
+        return Err(TensorError::shape("weight", weight, "[out_features, in_features]"));
+    }
+    let block_size = BlockSize::new(options.block_size)?;
+    let weight = weight.detach().to_device(Device::Cpu).contiguous();
+    let block4 = match weight.kind() {
+        Kind::BFloat16 => Block4::quantize(bf16s(&weight), block_size, Codebook::nf4(), &exec())?,
+        // f16 widens exactly, and quantizing converts to f32 first.
+        _ => Block4::quantize(f32s(&weight.to_kind(Kind::Float)), block_size, Codebook::nf4(), &exec())?,
+    };
+    Ok(if options.double_quant { block4.double_quantize(&exec())? } else { block4 })
+}
+
+impl Weight for Nf4Weight {
+    fn size(&self) -> (i64, i64) {
+        self.size
+    }
+
+    fn dense(&self) -> Result<Tensor> {
+        let matrix = match &self.store {
+            Store::Cpu(matrix) => matrix,
+            Store::Tensors(tensors) => return tensors.dense(self.kind),
+        };
+        let block4 = matrix.to_block4(&exec());
+        let mut dense = Tensor::empty([self.size.0, self.size.1], (stored_kind(self.kind), Device::Cpu));
+        match dense.kind() {
+            Kind::BFloat16 => block4.as_ref().dequantize_into(bf16s_mut(&mut dense), &exec())?,
+            _ => block4.as_ref().dequantize_into(f32s_mut(&mut dense), &exec())?,
+        }
+        Ok(dense.to_kind(self.kind))
+    }
+
+    fn project(&self, hidden_states: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
+        if hidden_states.size().last() != Some(&self.size.1) {
+            return Err(TensorError::shape("hidden_states", hidden_states, format!("[.., {}]", self.size.1)));
+        }
+        match &self.store {
+            Store::Cpu(matrix) => self.project_on_cpu(matrix, hidden_states, bias),
+            Store::Tensors(tensors) => tensors.project(self.kind, hidden_states, bias),
+        }
+    }
+
+    fn device(&self) -> Device {
+        match &self.store {
+            Store::Cpu(_) => Device::Cpu,
+            Store::Tensors(tensors) => tensors.packed.device(),
+        }
+    }
+
+    fn kind(&self) -> Kind {
+        self.kind
+    }
+
+    fn as_nf4(&self) -> Option<&Nf4Weight> {
+        Some(self)
+    }
+}
+
+/// The kind that kernels compute in for tensors of `kind`: there are none for f16 and f64.
+fn stored_kind(kind: Kind) -> Kind {
+    if kind == Kind::BFloat16 { Kind::BFloat16 } else { Kind::Float }
+}
+
+/// Which product of a matrix.
+#[derive(Clone, Copy)]
+enum Product {
+    Forward,
+    Backward,
+}
+
+/// `x: [.., n]` times the matrix, in the kind of x, which is f32 or bf16; `width` numbers a row come out.
+fn multiply(
+    matrix: &Block4Matrix,
+    x: &Tensor,
+    width: i64,
+    product: Product,
+    arithmetic: Arithmetic,
+    bias: Option<&Tensor>,
+) -> Result<Tensor> {
+    let x = x.contiguous();
+    let mut size = x.size();
+    let depth = std::mem::replace(size.last_mut().unwrap_or(&mut 0), width);
+    let rows = x.numel().checked_div(depth as usize).unwrap_or(0);
+    let mut y = Tensor::empty(size, (x.kind(), Device::Cpu));
+    let bias = bias.map(|bias| bias.to_kind(Kind::Float).contiguous());
+    let options = ProductOptions { arithmetic, bias: bias.as_ref().map(f32s), output: Output::Replace };
+    with_workspace(|workspace| match (x.kind(), product) {
+        (Kind::BFloat16, Product::Forward) => {
+            matrix.forward(bf16s(&x), bf16s_mut(&mut y), rows, &options, workspace, &exec())
+        }
+        (Kind::BFloat16, Product::Backward) => {
+            matrix.backward(bf16s(&x), bf16s_mut(&mut y), rows, &options, workspace, &exec())
+        }
+        (_, Product::Forward) => matrix.forward(f32s(&x), f32s_mut(&mut y), rows, &options, workspace, &exec()),
+        (_, Product::Backward) => matrix.backward(f32s(&x), f32s_mut(&mut y), rows, &options, workspace, &exec()),
+    })?;
+    Ok(y)
+}
+
+impl Nf4Weight {
+    fn project_on_cpu(&self, matrix: &Rc<Block4Matrix>, x: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
+        let kind = stored_kind(x.kind());
+        let exact = if kind == Kind::BFloat16 { Arithmetic::Bf16 } else { Arithmetic::F32 };
+        let wants_grad = x.requires_grad();
+        let arithmetic = match self.arithmetic {
+            Nf4Arithmetic::Int8 if !wants_grad => Arithmetic::Int8,
+            _ => exact,
+        };
+        // A bias that trains needs a graph of its own.
+        let (fused, added) = match bias {
+            Some(bias) if bias.requires_grad() => (None, Some(bias)),
+            bias => (bias, None),
+        };
+        let (out_features, in_features) = self.size;
+        let y = no_grad(|| {
+            let x = x.detach().to_kind(kind);
+            multiply(matrix, &x, out_features, Product::Forward, arithmetic, fused)
+        })?;
+        let y = y.to_kind(x.kind());
+        let (matrix, x_kind) = (matrix.clone(), x.kind());
+        attach_backward("nf4_linear", &[x], &[&y], move |grads| {
+            let Some(grad) = grads.into_iter().next().flatten() else { return Ok(vec![None]) };
+            let dx = multiply(&matrix, &grad.to_kind(kind), in_features, Product::Backward, exact, None)?;
+            Ok(vec![Some(dx.to_kind(x_kind))])
+        })?;
+        Ok(match added {
+            Some(bias) => y + bias,
+            None => y,
+        })
+    }
+}
+
+/// The parts on a device that has no kernels of ours: a kernel of one's own would take these three.
+#[derive(Debug)]
+struct Tensors {
+    /// `[ceil(out_features · in_features / 2)]`, u8, the first weight in the high half.
+    packed: Tensor,
+    /// `[num_blocks]`, f32.
+    absmax: Tensor,
+    /// `[16]`, f32.
+    codebook: Tensor,
+    block_size: i64,
+    size: (i64, i64),
+}
+
+impl Tensors {
+    fn new(weights: Block4Ref<'_>, size: (i64, i64), device: Device) -> Result<Self> {
+        let len = size.0 * size.1;
+        if len != weights.len() as i64 {
+            let expected = format!("{} x {} weights", size.0, size.1);
+            return Err(TensorError::Argument { what: "weights".into(), found: weights.len().to_string(), expected });
+        }
+        let mut absmax = vec![0.0; weights.absmax().len()];
+        weights.absmax().decode_into(0, &mut absmax, &exec())?;
+        Ok(Self {
+            packed: Tensor::f_from_slice(weights.packed())?.f_to_device(device)?,
+            absmax: Tensor::f_from_slice(&absmax)?.f_to_device(device)?,
+            codebook: Tensor::f_from_slice(weights.codebook().values())?.f_to_device(device)?,
+            block_size: weights.block_size().get() as i64,
+            size,
+        })
+    }
+
+    fn dense(&self, kind: Kind) -> Result<Tensor> {
+        let len = self.size.0 * self.size.1;
+        let codes =
+            Tensor::f_stack(&[self.packed.f_bitwise_right_shift_tensor_scalar(4)?, self.packed.f_bitwise_and(15)?], 1)?;
+        let values = self.codebook.f_index_select(0, &codes.f_view([-1])?.f_to_kind(Kind::Int64)?)?; // [2 · bytes]
+        // The last block may be short: scales are repeated for whole blocks and cut.
+        let scales = self.absmax.f_repeat_interleave_self_int(self.block_size, 0, None)?;
+        let dense = values.f_narrow(0, 0, len)?.f_mul(&scales.f_narrow(0, 0, len)?)?;
+        Ok(dense.f_to_kind(kind)?.f_view([self.size.0, self.size.1])?)
+    }
+
+    fn project(&self, kind: Kind, x: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
+        let weight = no_grad(|| self.dense(kind))?;
+        // libtorch would keep the dense weight for the backward pass: there it is dequantized again.
+        let y = no_grad(|| x.detach().f_linear(&weight, bias.filter(|bias| !bias.requires_grad())))?;
+        let parts = Self {
+            packed: self.packed.shallow_clone(),
+            absmax: self.absmax.shallow_clone(),
+            codebook: self.codebook.shallow_clone(),
+            ..*self
+        };
+        attach_backward("nf4_linear", &[x], &[&y], move |grads| {
+            let Some(grad) = grads.into_iter().next().flatten() else { return Ok(vec![None]) };
+            Ok(vec![Some(grad.f_matmul(&parts.dense(kind)?)?)])
+        })?;
+        Ok(match bias.filter(|bias| bias.requires_grad()) {
+            Some(bias) => y + bias,
+            None => y,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn draw(size: &[i64], kind: Kind) -> Tensor {
+        Tensor::randn(size, (Kind::Float, Device::Cpu)).to_kind(kind)
+    }
+
+    /// The largest difference, relative to the largest number.
+    fn distance(a: &Tensor, b: &Tensor) -> f64 {
+        let (a, b) = (a.to_kind(Kind::Double), b.to_kind(Kind::Double));
+        ((a - &b).abs().max() / b.abs().max()).double_value(&[])
+    }
+
+    #[test]
+    fn it_projects_forward_and_backward_as_its_dense_weight() {
+        let _lock = crate::random::test_lock();
+        for (kind, tolerance) in [(Kind::Float, 2e-6), (Kind::BFloat16, 1e-2), (Kind::Half, 2e-3)] {
+            for (out_features, in_features) in [(192, 576), (7, 96), (64, 64)] {
+                let weight =
+                    Nf4Weight::quantize(&draw(&[out_features, in_features], kind), Nf4Options::default()).unwrap();
+                assert_eq!((weight.size(), weight.kind()), ((out_features, in_features), kind));
+                let dense = weight.dense().unwrap();
+                for rows in [1, 3, 40] {
+                    let x = draw(&[2, rows, in_features], kind).set_requires_grad(true);
+                    let bias = draw(&[out_features], kind).set_requires_grad(rows == 3);
+                    let y = weight.project(&x, Some(&bias)).unwrap();
+                    assert_eq!((y.size(), y.kind()), (vec![2, rows, out_features], kind));
+                    let x64 = x.detach().to_kind(Kind::Double).set_requires_grad(true);
+                    let want = x64.linear(&dense.to_kind(Kind::Double), Some(&bias.to_kind(Kind::Double)));
+                    assert!(distance(&y, &want) < tolerance, "{kind:?} {rows}: {}", distance(&y, &want));
+                    let grad = draw(&[2, rows, out_features], kind);
+                    crate::autograd::backward(&[y], &[grad.shallow_clone()]).unwrap();
+                    crate::autograd::backward(&[want], &[grad.to_kind(Kind::Double)]).unwrap();
+                    assert!(distance(&x.grad(), &x64.grad()) < tolerance, "{kind:?} backward");
+                    assert_eq!(bias.grad().defined(), rows == 3);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn libtorch_operations_give_the_same_weights_bit_for_bit() {
+        let _lock = crate::random::test_lock();
+        for (out_features, in_features) in [(192, 576), (7, 96), (3, 5)] {
+            let block4 = quantize(&draw(&[out_features, in_features], Kind::Float), Nf4Options::default()).unwrap();
+            let size = (out_features, in_features);
+            for kind in [Kind::Float, Kind::BFloat16] {
+                let ours = Nf4Weight::new(block4.as_ref(), size, kind, Device::Cpu).unwrap();
+                let parts = Tensors::new(block4.as_ref(), size, Device::Cpu).unwrap();
+                let theirs = Nf4Weight { store: Store::Tensors(parts), size, kind, arithmetic: Nf4Arithmetic::Exact };
+                assert_eq!(ours.dense().unwrap(), theirs.dense().unwrap());
+                let x = draw(&[2, in_features], kind);
+                let grads = [&ours, &theirs].map(|weight| {
+                    let x = x.copy().set_requires_grad(true);
+                    let y = weight.project(&x, None).unwrap();
+                    crate::autograd::backward(&[y.shallow_clone()], &[y.ones_like()]).unwrap();
+                    (y.detach(), x.grad())
+                });
+                assert!(distance(&grads[0].0, &grads[1].0) < 1e-2 && distance(&grads[0].1, &grads[1].1) < 1e-2);
+            }
+        }
+    }
+
+    #[test]
+    fn int8_is_close_and_only_without_gradients() {
+        let _lock = crate::random::test_lock();
+        let dense = draw(&[64, 576], Kind::Float);
+        let exact = Nf4Weight::quantize(&dense, Nf4Options::default()).unwrap();
+        let int8 = Nf4Weight::quantize(&dense, Nf4Options::default()).unwrap().with_arithmetic(Nf4Arithmetic::Int8);
+        let x = draw(&[2, 576], Kind::Float);
+        let (want, got) = (exact.project(&x, None).unwrap(), int8.project(&x, None).unwrap());
+        let error = distance(&got, &want);
+        assert!(error > 0.0 && error < 2e-2, "{error}");
+        let x = x.set_requires_grad(true);
+        assert_eq!(int8.project(&x, None).unwrap().detach(), want);
+    }
+
+    #[test]
+    fn it_takes_an_eighth_of_the_memory_of_f32() {
+        let weight = Nf4Weight::quantize(&draw(&[576, 576], Kind::Float), Nf4Options::default()).unwrap();
+        assert!(weight.num_bytes() * 7 < 4 * 576 * 576, "{}", weight.num_bytes());
+    }
+
+    #[test]
+    fn what_does_not_fit_is_refused() {
+        let flat = Tensor::zeros([6], (Kind::Float, Device::Cpu));
+        assert!(matches!(Nf4Weight::quantize(&flat, Nf4Options::default()), Err(TensorError::Shape { .. })));
+        let square = Tensor::zeros([4, 4], (Kind::Float, Device::Cpu));
+        let odd = Nf4Options { block_size: 48, double_quant: false };
+        assert!(matches!(Nf4Weight::quantize(&square, odd), Err(TensorError::Quant(_))));
+        let weight = Nf4Weight::quantize(&square, Nf4Options::default()).unwrap();
+        assert!(matches!(weight.project(&flat, None), Err(TensorError::Shape { .. })));
+    }
+}
