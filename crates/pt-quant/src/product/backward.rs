@@ -4,7 +4,7 @@ use alloc::string::ToString;
 
 use super::forward::{Arithmetic, ProductOptions, decode_flat};
 use super::matrix::{Block4Matrix, Storage};
-use super::{SlotScratch, as_bf16_bits, as_f32, grown_with};
+use super::{SlotScratch, as_bf16_bits, as_f32, grown_aligned};
 use crate::dense::{Output, Workspace};
 use crate::error::check_len;
 use crate::simd::product::{self, GROUP, Rows};
@@ -69,8 +69,9 @@ impl Block4Matrix {
             let num_groups = block.len().div_ceil(GROUP);
             for start in (0..rows).step_by(GRADIENT_ROWS) {
                 let taken = GRADIENT_ROWS.min(rows - start);
-                let sums = grown_with(sums, num_groups * taken, [0.0; GROUP]);
-                sums.as_flattened_mut().fill(0.0);
+                let sums = grown_aligned(sums, num_groups * taken * GROUP);
+                sums.fill(0.0);
+                let sums = sums.as_chunks_mut::<GROUP>().0;
                 for panel_start in (0..num_rows).step_by(PANEL_ROWS) {
                     let panel_rows = panel_start..num_rows.min(panel_start + PANEL_ROWS);
                     let at = start * num_rows + panel_start..(start + taken - 1) * num_rows + panel_rows.end;
@@ -78,7 +79,8 @@ impl Block4Matrix {
                         let index = first / GROUP + group;
                         if let (Storage::Tiled(tiled), Some(backward)) = (self.storage(), pairs) {
                             let tiles = tiled.tiles(panel_rows.clone(), index..index + 1, scales);
-                            let panel = grown_with(panel_pairs, 2 * tiles.num_tiles(), [0; GROUP]);
+                            let panel = grown_aligned(panel_pairs, 2 * tiles.num_tiles() * GROUP);
+                            let panel = panel.as_chunks_mut::<GROUP>().0;
                             (kernels.panel_row_pairs)(&tiles, &self.table(true), panel);
                             let dy = Rows { data: &dy_bf16[at.clone()], rows: taken, stride: num_rows };
                             backward(&panel[..panel_rows.len() / 2], &dy, sums);
@@ -87,12 +89,13 @@ impl Block4Matrix {
                         let panel = match self.storage() {
                             Storage::Tiled(tiled) => {
                                 let tiles = tiled.tiles(panel_rows.clone(), index..index + 1, scales);
-                                let panel = grown_with(panel_f32, 4 * tiles.num_tiles(), [0.0; GROUP]);
-                                (kernels.panel_f32)(&tiles, &self.table(round), panel.as_flattened_mut());
-                                panel
+                                let panel = grown_aligned(panel_f32, 4 * tiles.num_tiles() * GROUP);
+                                (kernels.panel_f32)(&tiles, &self.table(round), panel);
+                                panel.as_chunks_mut::<GROUP>().0
                             }
                             Storage::Flat(block4) => {
-                                let panel = grown_with(panel_f32, panel_rows.len(), [0.0; GROUP]);
+                                let panel = grown_aligned(panel_f32, panel_rows.len() * GROUP);
+                                let panel = panel.as_chunks_mut::<GROUP>().0;
                                 let len = GROUP.min(columns - index * GROUP);
                                 for (row, out) in panel_rows.clone().zip(panel.iter_mut()) {
                                     decode_flat(&block4.as_ref(), row * columns + index * GROUP, &mut out[..len]);

@@ -4,7 +4,7 @@ use alloc::vec::Vec;
 use core::ops::Range;
 
 use super::matrix::{Block4Matrix, Storage, Tiled};
-use super::{Scratch, SlotScratch, as_bf16_bits, as_f32, grown_with};
+use super::{Scratch, SlotScratch, as_bf16_bits, as_f32, grown_aligned, grown_with};
 use crate::dense::{BLOCK_DEPTH, BLOCK_ROWS, GemmShape, Output, Slot, Workspace, grown, pack};
 use crate::error::check_len;
 use crate::exec::Columns;
@@ -68,19 +68,16 @@ struct Store<'a> {
 }
 
 impl Store<'_> {
-    /// One row of a block of columns that starts at `first`.
-    fn row<Y: Element>(&self, first: usize, y: &mut [Y], sums: impl Iterator<Item = f32>) {
-        let bias = |index: usize| self.bias.map_or(0.0, |bias| bias[first + index]);
-        match (self.output, self.bias) {
-            (Output::Replace, None) => y.iter_mut().zip(sums).for_each(|(y, sum)| *y = Y::from_f32(sum)),
-            (Output::Replace, Some(_)) => {
-                y.iter_mut().zip(sums).enumerate().for_each(|(index, (y, sum))| *y = Y::from_f32(sum + bias(index)));
-            }
-            (Output::Add, _) => {
-                y.iter_mut()
-                    .zip(sums)
-                    .enumerate()
-                    .for_each(|(index, (y, sum))| *y = Y::from_f32(y.to_f32() + (sum + bias(index))));
+    /// Some columns of a row, from column `first` on.
+    #[inline]
+    fn part<Y: Element>(&self, first: usize, y: &mut [Y], sums: &[f32]) {
+        let pairs = y.iter_mut().zip(sums);
+        match (self.output, self.bias.map(|bias| &bias[first..])) {
+            (Output::Replace, None) => pairs.for_each(|(y, sum)| *y = Y::from_f32(*sum)),
+            (Output::Replace, Some(bias)) => pairs.zip(bias).for_each(|((y, sum), bias)| *y = Y::from_f32(sum + bias)),
+            (Output::Add, None) => pairs.for_each(|(y, sum)| *y = Y::from_f32(y.to_f32() + sum)),
+            (Output::Add, Some(bias)) => {
+                pairs.zip(bias).for_each(|((y, sum), bias)| *y = Y::from_f32(y.to_f32() + (sum + bias)));
             }
         }
     }
@@ -159,11 +156,14 @@ impl Block4Matrix {
             let SlotScratch { acc, sums, scales, scaled, .. } = &mut slot.product;
             let rows_of_tiles = first..first + block.len();
             let num_tiles = block.len().div_ceil(TILE_ROWS);
-            for start in (0..rows).step_by(kernels.max_rows) {
-                let taken = kernels.max_rows.min(rows - start);
-                let acc = grown(acc, num_tiles * taken * TILE_ROWS * kernels.lanes);
+            // Blocks of rows, as many as need be, of about the same size.
+            let block_rows = rows.div_ceil(rows.div_ceil(kernels.max_rows).max(1)).max(1);
+            for start in (0..rows).step_by(block_rows) {
+                let taken = block_rows.min(rows - start);
+                let acc = grown_aligned(acc, num_tiles * taken * TILE_ROWS * kernels.lanes);
                 // The activations of a piece stay in the L1 cache while all tiles go by.
-                let piece = (x.l1_groups() / taken).max(1);
+                let pieces = groups.div_ceil((x.l1_groups() / taken).max(1));
+                let piece = groups.div_ceil(pieces);
                 for group in (0..groups).step_by(piece) {
                     let range = group..groups.min(group + piece);
                     let tiles = tiled.tiles(rows_of_tiles.clone(), range.clone(), scales);
@@ -192,8 +192,8 @@ impl Block4Matrix {
                     sums.as_flattened_mut().iter_mut().for_each(|sum| *sum *= self.int8().inverse_scale);
                 }
                 for m in 0..taken {
-                    let sums = sums[m..].iter().step_by(taken).flatten().copied();
-                    store.row(first, block.row(start + m), sums);
+                    let parts = block.row(start + m).chunks_mut(TILE_ROWS).zip(sums[m..].iter().step_by(taken));
+                    parts.enumerate().for_each(|(tile, (y, sums))| store.part(first + tile * TILE_ROWS, y, sums));
                 }
             }
         });
@@ -237,7 +237,7 @@ fn activations<'a, X: Element>(
 /// In the order of a kernel.
 fn ordered<'a, T: Copy + Default>(x: &'a [T], order: Option<Order<T>>, buffer: &'a mut Vec<T>) -> &'a [T] {
     let Some(order) = order else { return x };
-    let buffer = grown(buffer, x.len());
+    let buffer = grown_aligned(buffer, x.len());
     order(x, buffer);
     buffer
 }
@@ -351,7 +351,8 @@ fn panels<X: Element, Y: Element>(
                     add(rows.clone(), start..shape.depth.min(start + BLOCK_DEPTH), slot, sums);
                 }
                 for m in 0..block.num_rows() {
-                    store.row(first, block.row(m), sums[m..].iter().step_by(padded_rows).copied());
+                    let y = block.row(m).iter_mut().zip(sums[m..].iter().step_by(padded_rows));
+                    y.enumerate().for_each(|(n, (y, sum))| store.part(first + n, core::slice::from_mut(y), &[*sum]));
                 }
                 slot.yt = yt;
             });

@@ -12,7 +12,7 @@ pub use forward::{Arithmetic, ProductOptions};
 pub use matrix::{Block4Matrix, ScaleFormat};
 
 use crate::dense::grown;
-use crate::simd::product::{GROUP, Int8Group, TILE_ROWS};
+use crate::simd::product::{Int8Group, TILE_ROWS};
 use crate::{Bf16, Element};
 
 /// What a call shares among its threads: activations as the kernels want them.
@@ -38,9 +38,9 @@ pub(crate) struct SlotScratch {
     /// Scales of a tile times those of the activations.
     scaled: Vec<[f32; TILE_ROWS]>,
     /// Sums of the backward product.
-    columns: Vec<[f32; GROUP]>,
-    panel_f32: Vec<[f32; GROUP]>,
-    panel_pairs: Vec<[u32; GROUP]>,
+    columns: Vec<f32>,
+    panel_f32: Vec<f32>,
+    panel_pairs: Vec<u32>,
 }
 
 /// The numbers as f32: the slice itself if it is that, else a copy.
@@ -73,4 +73,12 @@ fn grown_with<T: Copy>(buffer: &mut Vec<T>, len: usize, filler: T) -> &mut [T] {
         buffer.resize(len, filler);
     }
     &mut buffer[..len]
+}
+
+/// As [`grown`], at the start of a cache line: a vector that lies across two costs twice.
+fn grown_aligned<T: Copy + Default>(buffer: &mut Vec<T>, len: usize) -> &mut [T] {
+    const LINE: usize = 64;
+    grown(buffer, len + LINE);
+    let skipped = buffer.as_ptr().align_offset(LINE).min(LINE);
+    &mut buffer[skipped..][..len]
 }

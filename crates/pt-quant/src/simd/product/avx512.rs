@@ -13,7 +13,7 @@
 //! Zero-extending the codes instead would keep the natural order, but on Zen 4 it competes with the permutations and multiplications for three
 //! ports, where shifts have a fourth: 14.7 cycles instead of 12.5 for a group's pair of rows in f32.
 //!
-//! Up to 4 rows of activations take 4 rows of the matrix (16 accumulators), more take 2: each code is looked up once for all of them.
+//! Up to 5 rows of activations take all 4 rows of a tile at once, in 20 accumulators: each code is looked up once for all of them.
 
 use core::arch::x86_64::*;
 
@@ -22,7 +22,7 @@ use super::{
     check_forward, check_int8, check_panel, scalar,
 };
 
-const MAX_ROWS: usize = 8;
+const MAX_ROWS: usize = 5;
 
 pub(super) static KERNELS: Kernels = Kernels {
     max_rows: MAX_ROWS,
@@ -47,7 +47,7 @@ pub(super) static KERNELS: Kernels = Kernels {
 pub(super) static KERNELS_BF16: Kernels =
     Kernels { forward_bf16: Some(forward_bf16), backward_bf16: Some(backward_bf16), ..KERNELS };
 
-/// Calls `$function::<M, PAIRS, ..>` for the number of rows, which is 1 to 8: with 4 rows of a tile at once while that leaves registers.
+/// Calls `$function::<M, PAIRS, ..>` for the number of rows, which is 1 to 5.
 macro_rules! by_rows {
     ($rows:expr, $function:ident $(, $constant:expr)*; $arguments:tt) => {
         match $rows {
@@ -56,10 +56,7 @@ macro_rules! by_rows {
             2 => $function::<2, 2 $(, $constant)*> $arguments,
             3 => $function::<3, 2 $(, $constant)*> $arguments,
             4 => $function::<4, 2 $(, $constant)*> $arguments,
-            5 => $function::<5, 1 $(, $constant)*> $arguments,
-            6 => $function::<6, 1 $(, $constant)*> $arguments,
-            7 => $function::<7, 1 $(, $constant)*> $arguments,
-            8 => $function::<8, 1 $(, $constant)*> $arguments,
+            5 => $function::<5, 2 $(, $constant)*> $arguments,
             rows => unreachable!("{rows} rows"),
         }
     };
@@ -214,6 +211,109 @@ fn block_table_bf16(values: __m512, absmax: f32) -> __m512i {
     unsafe { core::mem::transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(table, table)) }
 }
 
+/// Groups from the one worked on to the one that is asked for: 5 KiB ahead. From memory this brings 30 % in f32 and 10 % in bf16; the integer
+/// product runs at the speed of memory without.
+const AHEAD: usize = 40;
+
+/// Asks for the codes of some pairs of rows of a group, which may lie past the end.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn prefetch<const PAIRS: usize>(codes: *const Group, group: usize, part: usize) {
+    let codes = codes.wrapping_add(group).cast::<i8>();
+    for pair in 0..PAIRS {
+        // SAFETY: a prefetch reads nothing that the program could see, and faults nowhere.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(codes.wrapping_add(GROUP * (part + pair))) };
+    }
+}
+
+/// Some pairs of rows of a group, ready to be looked up.
+struct BlockF32<const PAIRS: usize> {
+    codes: [__m512i; PAIRS],
+    tables: [[__m512; 2]; PAIRS],
+}
+
+impl<const PAIRS: usize> BlockF32<PAIRS> {
+    /// # Safety
+    /// The pointers must be valid for a group and its scales.
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    unsafe fn load<const ROUND: bool>(
+        codes: *const Group,
+        scales: *const [f32; TILE_ROWS],
+        values: __m512,
+        part: usize,
+    ) -> Self {
+        // SAFETY: the caller's promise; a half of a group is a vector.
+        let (codes, scales) = unsafe { (&(*codes).0, &*scales) };
+        let mut block = Self { codes: [_mm512_setzero_si512(); PAIRS], tables: [[values; 2]; PAIRS] };
+        for pair in 0..PAIRS {
+            // SAFETY: as above.
+            block.codes[pair] = unsafe { _mm512_load_si512(codes[part + pair].as_ptr().cast()) };
+            for row in 0..2 {
+                block.tables[pair][row] = block_table::<ROUND>(values, scales[2 * (part + pair) + row]);
+            }
+        }
+        block
+    }
+
+    /// The weights of columns `4i + vector`.
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    fn weights(&self, vector: usize) -> [[__m512; 2]; PAIRS] {
+        let mut weights = self.tables;
+        for pair in 0..PAIRS {
+            for row in 0..2 {
+                let shift = _mm_cvtsi32_si128(8 * vector as i32 + 4 * row as i32);
+                let codes = _mm512_srl_epi32(self.codes[pair], shift);
+                weights[pair][row] = _mm512_permutexvar_ps(codes, self.tables[pair][row]);
+            }
+        }
+        weights
+    }
+}
+
+/// As [`BlockF32`], of words.
+struct BlockBf16<const PAIRS: usize> {
+    codes: [__m512i; PAIRS],
+    tables: [[__m512i; 2]; PAIRS],
+}
+
+impl<const PAIRS: usize> BlockBf16<PAIRS> {
+    /// # Safety
+    /// The pointers must be valid for a group and its scales.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bf16")]
+    unsafe fn load(codes: *const Group, scales: *const [f32; TILE_ROWS], values: __m512, part: usize) -> Self {
+        // SAFETY: the caller's promise; a half of a group is a vector.
+        let (codes, scales) = unsafe { (&(*codes).0, &*scales) };
+        let zero = _mm512_setzero_si512();
+        let mut block = Self { codes: [zero; PAIRS], tables: [[zero; 2]; PAIRS] };
+        for pair in 0..PAIRS {
+            // SAFETY: as above.
+            block.codes[pair] = unsafe { _mm512_load_si512(codes[part + pair].as_ptr().cast()) };
+            for row in 0..2 {
+                block.tables[pair][row] = block_table_bf16(values, scales[2 * (part + pair) + row]);
+            }
+        }
+        block
+    }
+
+    /// The weights of columns `2i + vector`.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw")]
+    fn weights(&self, vector: usize) -> [[__m512i; 2]; PAIRS] {
+        let mut weights = self.tables;
+        for pair in 0..PAIRS {
+            for row in 0..2 {
+                let shift = _mm_cvtsi32_si128(8 * vector as i32 + 4 * row as i32);
+                let codes = _mm512_srl_epi16(self.codes[pair], shift);
+                weights[pair][row] = _mm512_permutexvar_epi16(codes, self.tables[pair][row]);
+            }
+        }
+        weights
+    }
+}
+
 /// # Safety
 /// The operands as `check_forward` wants them, for `M` rows.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
@@ -235,27 +335,17 @@ unsafe fn forward_f32_of<const M: usize, const PAIRS: usize, const ROUND: bool>(
             for part in (0..2).step_by(PAIRS) {
                 let out = out.add(2 * part * 16);
                 let mut acc = load_acc::<M, PAIRS>(out, tiles.groups.start);
+                let mut block = BlockF32::<PAIRS>::load::<ROUND>(codes, scales, values, part);
+                let mut weights = block.weights(0);
                 for group in 0..groups {
-                    let (codes, scales) = (&(*codes.add(group)).0, &*scales.add(group));
-                    let mut tables = [[values; 2]; PAIRS];
-                    for pair in 0..PAIRS {
-                        for row in 0..2 {
-                            tables[pair][row] = block_table::<ROUND>(values, scales[2 * (part + pair) + row]);
-                        }
-                    }
-                    let mut lines = [_mm512_setzero_si512(); PAIRS];
-                    for pair in 0..PAIRS {
-                        lines[pair] = _mm512_loadu_si512(codes[part + pair].as_ptr().cast());
-                    }
+                    prefetch::<PAIRS>(codes, group + AHEAD, part);
                     for vector in 0..GROUP / 16 {
-                        let mut weights = [[values; 2]; PAIRS];
-                        for pair in 0..PAIRS {
-                            for row in 0..2 {
-                                let shift = _mm_cvtsi32_si128(8 * vector as i32 + 4 * row as i32);
-                                let codes = _mm512_srl_epi32(lines[pair], shift);
-                                weights[pair][row] = _mm512_permutexvar_ps(codes, tables[pair][row]);
-                            }
+                        // Looked up one vector ahead: the multiplications of this one would fill the scheduler.
+                        if vector == GROUP / 16 - 1 {
+                            let next = groups.min(group + 2) - 1;
+                            block = BlockF32::load::<ROUND>(codes.add(next), scales.add(next), values, part);
                         }
+                        let next = block.weights((vector + 1) % (GROUP / 16));
                         for m in 0..M {
                             let x = x.data.as_ptr().add(m * x.stride + group * GROUP + 16 * vector);
                             let x = _mm512_loadu_ps(x);
@@ -265,6 +355,7 @@ unsafe fn forward_f32_of<const M: usize, const PAIRS: usize, const ROUND: bool>(
                                 }
                             }
                         }
+                        weights = next;
                     }
                 }
                 store_acc(acc, out);
@@ -287,7 +378,6 @@ unsafe fn forward_bf16_of<const M: usize, const PAIRS: usize>(
     unsafe {
         let bh = |vector: __m512i| core::mem::transmute::<__m512i, __m512bh>(vector);
         let values = _mm512_loadu_ps(table.values.as_ptr());
-        let zero = _mm512_setzero_si512();
         for tile in 0..tiles.num_tiles() {
             let at = tile * tiles.groups_per_row + tiles.groups.start;
             let (codes, scales) = (tiles.codes.as_ptr().add(at), tiles.scales.as_ptr().add(at));
@@ -295,27 +385,16 @@ unsafe fn forward_bf16_of<const M: usize, const PAIRS: usize>(
             for part in (0..2).step_by(PAIRS) {
                 let out = out.add(2 * part * 16);
                 let mut acc = load_acc::<M, PAIRS>(out, tiles.groups.start);
+                let mut block = BlockBf16::<PAIRS>::load(codes, scales, values, part);
+                let mut weights = block.weights(0);
                 for group in 0..groups {
-                    let (codes, scales) = (&(*codes.add(group)).0, &*scales.add(group));
-                    let mut tables = [[zero; 2]; PAIRS];
-                    for pair in 0..PAIRS {
-                        for row in 0..2 {
-                            tables[pair][row] = block_table_bf16(values, scales[2 * (part + pair) + row]);
-                        }
-                    }
-                    let mut lines = [zero; PAIRS];
-                    for pair in 0..PAIRS {
-                        lines[pair] = _mm512_loadu_si512(codes[part + pair].as_ptr().cast());
-                    }
+                    prefetch::<PAIRS>(codes, group + AHEAD, part);
                     for vector in 0..GROUP / 32 {
-                        let mut weights = [[zero; 2]; PAIRS];
-                        for pair in 0..PAIRS {
-                            for row in 0..2 {
-                                let shift = _mm_cvtsi32_si128(8 * vector as i32 + 4 * row as i32);
-                                let codes = _mm512_srl_epi16(lines[pair], shift);
-                                weights[pair][row] = _mm512_permutexvar_epi16(codes, tables[pair][row]);
-                            }
+                        if vector == GROUP / 32 - 1 {
+                            let next = groups.min(group + 2) - 1;
+                            block = BlockBf16::load(codes.add(next), scales.add(next), values, part);
                         }
+                        let next = block.weights((vector + 1) % (GROUP / 32));
                         for m in 0..M {
                             let x = x.data.as_ptr().add(m * x.stride + group * GROUP + 32 * vector);
                             let x = bh(_mm512_loadu_si512(x.cast()));
@@ -325,6 +404,7 @@ unsafe fn forward_bf16_of<const M: usize, const PAIRS: usize>(
                                 }
                             }
                         }
+                        weights = next;
                     }
                 }
                 store_acc(acc, out);
@@ -392,10 +472,35 @@ unsafe fn forward_int8_of<const M: usize, const PAIRS: usize>(
     }
 }
 
+/// As [`scalar::quantize`], with the same bits.
 fn quantize(x: &[f32; GROUP], out: &mut Int8Group) -> f32 {
-    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
     fn inner(x: &[f32; GROUP], out: &mut Int8Group) -> f32 {
-        scalar::quantize(x, out)
+        // SAFETY: 64 numbers are 4 vectors of 16; the codes and sums are one vector each.
+        unsafe {
+            let x = [0, 16, 32, 48].map(|first| _mm512_loadu_ps(x.as_ptr().add(first)));
+            // NaN and both infinities.
+            let bad = x.map(|x| _mm512_fpclass_ps_mask::<0b1001_1001>(x));
+            let sizes = x.map(|x| _mm512_abs_ps(x));
+            let largest = _mm512_max_ps(_mm512_max_ps(sizes[0], sizes[1]), _mm512_max_ps(sizes[2], sizes[3]));
+            let largest = _mm512_reduce_max_ps(largest);
+            let inverse = if largest >= f32::MIN_POSITIVE * 128.0 { 127.0 / largest } else { 0.0 };
+            for (index, x) in x.into_iter().enumerate() {
+                let codes = _mm512_cvtps_epi32(_mm512_mul_ps(x, _mm512_set1_ps(inverse)));
+                _mm_storeu_si128(out.codes.as_mut_ptr().add(16 * index).cast(), _mm512_cvtepi32_epi8(codes));
+            }
+            let codes = _mm512_loadu_si512(out.codes.as_ptr().cast());
+            let sums = _mm512_dpbusd_epi32(_mm512_setzero_si512(), _mm512_set1_epi8(1), codes);
+            let start = _mm512_sub_epi32(_mm512_setzero_si512(), _mm512_slli_epi32::<7>(sums));
+            _mm512_storeu_si512(out.start.as_mut_ptr().cast(), start);
+            if bad != [0; 4] {
+                f32::NAN
+            } else if inverse == 0.0 {
+                0.0
+            } else {
+                largest / 127.0
+            }
+        }
     }
     // SAFETY: as in `forward_f32`.
     unsafe { inner(x, out) }

@@ -191,6 +191,7 @@ pub(crate) fn kernels(isa: Isa) -> &'static Kernels {
 /// Panics unless all that a forward product reads and writes is there: the kernels' pointers rely on it.
 fn check_forward<T>(tiles: &Tiles<'_>, x: &Rows<'_, T>, acc: &[f32], max_rows: usize, lanes: usize) {
     tiles.check();
+    assert!(tiles.groups.len > 0, "there is something to multiply");
     x.check(tiles.groups.len * GROUP);
     assert!(x.rows <= max_rows, "at most {max_rows} rows");
     assert_eq!(acc.len(), tiles.num_tiles() * x.rows * TILE_ROWS * lanes, "an accumulator for each tile and row");
