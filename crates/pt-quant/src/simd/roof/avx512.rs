@@ -11,9 +11,11 @@ use core::arch::x86_64::*;
 use super::Kernels;
 
 pub(super) static KERNELS: Kernels = Kernels {
-    // SAFETY: of all three, handed out by `kernels` only for levels that an `Exec` has found on this processor.
+    // SAFETY: handed out by `kernels` only for levels that an `Exec` has found on this processor.
     read: |data| unsafe { read(data) },
+    // SAFETY: as for `read`.
     write: |out, value| unsafe { write(out, value) },
+    // SAFETY: as for `read`.
     copy: |from, to| unsafe { copy(from, to) },
 };
 
