@@ -6,7 +6,7 @@ use alloc::vec::Vec;
 use crate::dense::grown;
 use crate::error::check_len;
 use crate::simd::product::{self, GROUP, Group, Int8Table, TILE_ROWS, Table, Tiles};
-use crate::{AbsmaxBuf, Bf16, Block4, Block4Ref, BlockSize, Codebook, Exec, QuantError, packed_len};
+use crate::{Absmax, AbsmaxBuf, Bf16, Block4, Block4Ref, BlockSize, Codebook, Exec, QuantError, packed_len};
 
 /// In which format a [`Block4Matrix`] holds the scales of its blocks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -146,25 +146,10 @@ impl Block4Matrix {
                 (kernels.tile_rows)(&rows, codes);
             }
         });
-        let (absmax, block_size) = (source.absmax(), source.block_size().get());
-        let scale = |index: usize, row: usize| {
-            let (row, group) = (index / groups * TILE_ROWS + row, index % groups);
-            if row >= out_features {
-                return 0.0;
-            }
-            absmax.get((row * in_features + group * GROUP) / block_size).unwrap_or(0.0)
-        };
+        let absmax = RowScales { source, groups };
         match &mut tiled.scales {
-            Scales::F32(scales) => {
-                for (index, scales) in scales.iter_mut().enumerate() {
-                    *scales = [0, 1, 2, 3].map(|row| scale(index, row));
-                }
-            }
-            Scales::Bf16(scales) => {
-                for (index, scales) in scales.iter_mut().enumerate() {
-                    *scales = [0, 1, 2, 3].map(|row| Bf16::from_f32(scale(index, row)));
-                }
-            }
+            Scales::F32(scales) => fill_scales(scales, &absmax, out_features, |scale| scale, exec),
+            Scales::Bf16(scales) => fill_scales(scales, &absmax, out_features, Bf16::from_f32, exec),
         }
     }
 
@@ -228,6 +213,25 @@ impl Block4Matrix {
             }
         });
         let groups_per_block = self.block_size.get() / GROUP;
+        if groups_per_block == 1 {
+            exec.for_each_chunk(absmax, TILE_ROWS * groups * tiles_per_task, |index, absmax| {
+                for (offset, absmax) in absmax.chunks_mut(TILE_ROWS * groups).enumerate() {
+                    let at = (index * tiles_per_task + offset) * groups;
+                    for (row, absmax) in absmax.chunks_exact_mut(groups).enumerate() {
+                        match &tiled.scales {
+                            Scales::F32(scales) => {
+                                absmax.iter_mut().zip(&scales[at..]).for_each(|(out, scales)| *out = scales[row]);
+                            }
+                            Scales::Bf16(scales) => {
+                                let scales = absmax.iter_mut().zip(&scales[at..]);
+                                scales.for_each(|(out, scales)| *out = scales[row].to_f32());
+                            }
+                        }
+                    }
+                }
+            });
+            return;
+        }
         for (index, out) in absmax.iter_mut().enumerate() {
             // The first group of each block, whichever row it is in.
             let group = index * groups_per_block;
@@ -280,8 +284,8 @@ impl Block4Matrix {
             Storage::Flat(block4) => {
                 let block4 = block4.as_ref();
                 let absmax = match block4.absmax() {
-                    crate::Absmax::F32(absmax) => size_of_val(absmax),
-                    crate::Absmax::Nested(nested) => nested.codes().len() + size_of_val(nested.absmax()),
+                    Absmax::F32(absmax) => size_of_val(absmax),
+                    Absmax::Nested(nested) => nested.codes().len() + size_of_val(nested.absmax()),
                 };
                 block4.packed().len() + absmax
             }
@@ -299,6 +303,49 @@ impl Block4Matrix {
     pub(super) fn int8(&self) -> &Int8Table {
         &self.int8
     }
+}
+
+/// The scales of a tensor, by rows of a matrix.
+struct RowScales<'a> {
+    source: Block4Ref<'a>,
+    groups: usize,
+}
+
+impl RowScales<'_> {
+    /// Calls `take` with each group of a row and its scale.
+    fn of_row(&self, row: usize, mut take: impl FnMut(usize, f32)) {
+        let groups_per_block = self.source.block_size().get() / GROUP;
+        let first = row * self.groups;
+        match self.source.absmax() {
+            Absmax::F32(absmax) if groups_per_block == 1 => {
+                absmax[first..first + self.groups].iter().enumerate().for_each(|(group, scale)| take(group, *scale));
+            }
+            absmax => {
+                for group in 0..self.groups {
+                    take(group, absmax.get((first + group) / groups_per_block).unwrap_or(0.0));
+                }
+            }
+        }
+    }
+}
+
+/// Fills `[num_tiles, groups_per_row]` scales of 4 rows; those of rows that are not there stay zero.
+fn fill_scales<T: Send>(
+    out: &mut [[T; TILE_ROWS]],
+    scales: &RowScales<'_>,
+    num_rows: usize,
+    convert: impl Fn(f32) -> T + Sync,
+    exec: &Exec<'_>,
+) {
+    let tiles_per_task = (TILE_BYTES_PER_TASK / (scales.groups * size_of::<Group>())).max(1);
+    exec.for_each_chunk(out, scales.groups * tiles_per_task, |index, out| {
+        for (offset, out) in out.chunks_exact_mut(scales.groups).enumerate() {
+            let first = (index * tiles_per_task + offset) * TILE_ROWS;
+            for row in 0..TILE_ROWS.min(num_rows - first) {
+                scales.of_row(first + row, |group, scale| out[group][row] = convert(scale));
+            }
+        }
+    });
 }
 
 /// Code bytes of a task of the rearrangement: enough to make handing it out cheap.

@@ -7,6 +7,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::dense::{Output, Workspace};
+use crate::simd::product::GROUP;
 use crate::{AbsmaxBuf, Block4, BlockSize, Codebook, Exec, Isa, Pool, QuantError, packed_len};
 
 struct Threads(usize);
