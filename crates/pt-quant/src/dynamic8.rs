@@ -18,9 +18,9 @@ pub struct DynamicMap {
     cells: [u32; 2 * NUM_CELLS],
 }
 
-/// Magnitudes from 2⁻²³ to 1 by their exponent and 7 bits of mantissa: 23 · 128 of them and that of 1 itself, rounded up. No cell holds two
-/// thresholds, nor does any lie below the second cell.
-pub(crate) const NUM_CELLS: usize = 3072;
+/// Magnitudes from 2⁻²³ to 1 by their exponent and 7 bits of mantissa: 23 · 128 of them and that of 1 itself, rounded up to a power of two. No cell
+/// holds two thresholds, nor does any lie below the second cell.
+pub(crate) const NUM_CELLS: usize = 4096;
 
 /// The bits of 2⁻²³, where the first cell begins; smaller magnitudes are in it.
 pub(crate) const FIRST_CELL: u32 = (127 - 23) << 23;

@@ -173,8 +173,8 @@ fn dequantize_f32(values: &[f32; 16], packed: &[u8], absmax: &[f32], block_size:
     // SAFETY: handed out only by `kernels`, for an instruction set that `Exec` has checked. `check` has seen to the lengths.
     let done = unsafe {
         match stream {
-            true if to.addr() % 32 == 0 => blocks_f32::<32>(values, packed, absmax, block_size, to, out.len()),
-            true if to.addr() % 16 == 0 => blocks_f32::<16>(values, packed, absmax, block_size, to, out.len()),
+            true if to.addr().is_multiple_of(32) => blocks_f32::<32>(values, packed, absmax, block_size, to, out.len()),
+            true if to.addr().is_multiple_of(16) => blocks_f32::<16>(values, packed, absmax, block_size, to, out.len()),
             _ => blocks_f32::<0>(values, packed, absmax, block_size, to, out.len()),
         }
     };
@@ -301,8 +301,12 @@ macro_rules! dequantize_16_bits {
             // SAFETY: handed out only by `kernels`, for an instruction set that `Exec` has checked. `check` has seen to the lengths.
             let done = unsafe {
                 match stream {
-                    true if to.addr() % 32 == 0 => $blocks::<32>(values, packed, absmax, block_size, to, out.len()),
-                    true if to.addr() % 16 == 0 => $blocks::<16>(values, packed, absmax, block_size, to, out.len()),
+                    true if to.addr().is_multiple_of(32) => {
+                        $blocks::<32>(values, packed, absmax, block_size, to, out.len())
+                    }
+                    true if to.addr().is_multiple_of(16) => {
+                        $blocks::<16>(values, packed, absmax, block_size, to, out.len())
+                    }
                     _ => $blocks::<0>(values, packed, absmax, block_size, to, out.len()),
                 }
             };

@@ -245,22 +245,38 @@ unsafe fn quantize_blocks<T: Load, R: Rank>(
                     }
                 }
             }
-            if input.len() % 64 != 0 {
+            if !input.len().is_multiple_of(64) {
                 plain_block(search, 32, 2 * num_groups, input, packed, absmax);
             }
         }
         64 => {
-            for group in 0..num_groups {
-                let x = load(group);
-                let max = |a, b| _mm512_max_epu32(magnitude(a), magnitude(b));
-                let largest = _mm512_reduce_max_epu32(_mm512_max_epu32(max(x[0], x[1]), max(x[2], x[3])));
-                if is_finite(largest) {
-                    let largest = f32::from_bits(largest);
-                    absmax[group] = largest;
-                    store(group, pack(x, reciprocal(largest), reciprocal(largest)));
+            let mut group = 0;
+            // Four blocks at a time: their largest are found side by side.
+            while group + 4 <= num_groups {
+                let largest = max_of_each([0, 1, 2, 3].map(|block| {
+                    let x = load(group + block).map(magnitude);
+                    _mm512_max_epu32(_mm512_max_epu32(x[0], x[1]), _mm512_max_epu32(x[2], x[3]))
+                }));
+                if _mm_cmpge_epu32_mask(largest, _mm_set1_epi32(0x7f80_0000)) == 0 {
+                    let largest = _mm_castsi128_ps(largest);
+                    // SAFETY: one scale for each of the four blocks, which `absmax` holds.
+                    unsafe { _mm_storeu_ps(absmax[group..group + 4].as_mut_ptr(), largest) };
+                    let mut reciprocals = [0.0; 4];
+                    let reciprocal = _mm_div_ps(_mm_set1_ps(1.0), _mm_max_ps(largest, _mm_set1_ps(scalar::MIN_ABSMAX)));
+                    // SAFETY: four numbers.
+                    unsafe { _mm_storeu_ps(reciprocals.as_mut_ptr(), reciprocal) };
+                    for (block, reciprocal) in reciprocals.into_iter().enumerate() {
+                        store(group + block, pack(load(group + block), reciprocal, reciprocal));
+                    }
                 } else {
-                    plain_block(search, 64, group, input, packed, absmax);
+                    for block in group..group + 4 {
+                        plain_block(search, 64, block, input, packed, absmax);
+                    }
                 }
+                group += 4;
+            }
+            for block in group..num_groups {
+                plain_block(search, 64, block, input, packed, absmax);
             }
         }
         _ => {
@@ -289,7 +305,19 @@ unsafe fn quantize_blocks<T: Load, R: Rank>(
     }
 }
 
-/// A block that holds something that is not finite, or the odd one.
+/// The largest number of each vector.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn max_of_each([a, b, c, d]: [__m512i; 4]) -> __m128i {
+    // Lanes of a and b in turn, then of all four: each quarter is the largest of its quarters of a, b, c and d.
+    let ab = _mm512_max_epu32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
+    let cd = _mm512_max_epu32(_mm512_unpacklo_epi32(c, d), _mm512_unpackhi_epi32(c, d));
+    let four = _mm512_max_epu32(_mm512_unpacklo_epi64(ab, cd), _mm512_unpackhi_epi64(ab, cd));
+    let two = _mm256_max_epu32(_mm512_castsi512_si256(four), _mm512_extracti64x4_epi64::<1>(four));
+    _mm_max_epu32(_mm256_castsi256_si128(two), _mm256_extracti128_si256::<1>(two))
+}
+
+/// A block that holds something that is not finite, or one left over.
 #[cold]
 fn plain_block<T: Element>(
     search: &Search<'_>,
@@ -424,8 +452,10 @@ unsafe fn blocks_f32(
 ) -> usize {
     // Lane 2q is the high half of byte q, lane 2q + 1 the low half; only the first byte of a lane matters.
     let shifts: [u8; 64] = core::array::from_fn(|byte| (8 * (byte / 8) + [4, 0][byte % 8 / 4]) as u8);
-    // SAFETY: the tables have 64 bytes.
-    let (shifts, book) = unsafe { (_mm512_loadu_si512(shifts.as_ptr().cast()), _mm512_loadu_ps(values.as_ptr())) };
+    // SAFETY: the table has 64 bytes.
+    let shifts = unsafe { _mm512_loadu_si512(shifts.as_ptr().cast()) };
+    // SAFETY: 16 values.
+    let book = unsafe { _mm512_loadu_ps(values.as_ptr()) };
     let mut start = 0;
     for &absmax in &absmax[..len.div_ceil(block_size)] {
         let table = _mm512_mul_ps(book, _mm512_set1_ps(absmax));
@@ -449,28 +479,39 @@ unsafe fn blocks_f32(
     start
 }
 
-/// 16 products rounded to bf16, ties to even; NaN stays and becomes quiet.
+/// 16 products rounded to bf16, ties to even, each twice in its lane: the permute's lowest bit is then of no matter.
 #[inline]
-#[target_feature(enable = "avx512f,avx512vl,avx512bw")]
-fn to_bf16(products: __m512) -> __m256i {
+#[target_feature(enable = "avx512f,avx512bw")]
+fn table_bf16(products: __m512, absmax: f32) -> __m512i {
     let bits = _mm512_castps_si512(products);
-    let upper = _mm512_srli_epi32::<16>(bits);
-    let odd = _mm512_and_si512(upper, _mm512_set1_epi32(1));
-    let rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
-    let is_nan = _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(products, products);
-    let quiet = _mm512_or_si512(upper, _mm512_set1_epi32(0x40));
-    _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(_mm512_srli_epi32::<16>(rounded), is_nan, quiet))
+    let odd = _mm512_and_si512(_mm512_srli_epi32::<16>(bits), _mm512_set1_epi32(1));
+    let mut rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
+    if !absmax.is_finite() {
+        // NaN stays and becomes quiet. A finite scale makes none.
+        let is_nan = _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(products, products);
+        rounded = _mm512_mask_or_epi32(rounded, is_nan, bits, _mm512_set1_epi32(0x40_0000));
+    }
+    twice(rounded)
 }
 
-/// 16 products rounded to f16, ties to even; NaN stays and becomes quiet.
+/// The upper half of each lane in both halves.
 #[inline]
-#[target_feature(enable = "avx512f")]
-fn to_f16(products: __m512) -> __m256i {
-    _mm512_cvtps_ph::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(products)
+#[target_feature(enable = "avx512f,avx512bw")]
+fn twice(lanes: __m512i) -> __m512i {
+    let order = _mm512_set4_epi32(0x0f0e_0f0e, 0x0b0a_0b0a, 0x0706_0706, 0x0302_0302);
+    _mm512_shuffle_epi8(lanes, order)
+}
+
+/// 16 products rounded to f16, ties to even, each twice in its lane; NaN stays and becomes quiet.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw")]
+fn table_f16(products: __m512, _absmax: f32) -> __m512i {
+    let rounded = _mm512_cvtps_ph::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(products);
+    twice(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(rounded)))
 }
 
 macro_rules! dequantize_16_bits {
-    ($name:ident, $blocks:ident, $type:ty, $round:ident) => {
+    ($name:ident, $blocks:ident, $type:ty, $table:ident) => {
         fn $name(
             values: &[f32; 16],
             packed: &[u8],
@@ -506,15 +547,15 @@ macro_rules! dequantize_16_bits {
             len: usize,
             mut sink: impl Sink,
         ) -> usize {
-            // Quarter q of 4 weights is 2 bytes: their halves, high before low. Only the first byte of a lane matters.
-            let shifts: [u8; 64] = core::array::from_fn(|byte| [4, 0, 12, 8][byte % 8 / 2]);
-            // SAFETY: the tables have 64 bytes.
-            let (shifts, book) =
-                unsafe { (_mm512_loadu_si512(shifts.as_ptr().cast()), _mm512_loadu_ps(values.as_ptr())) };
+            // Quarter q of 4 weights is 2 bytes: their halves, high before low. Only the first byte of a lane matters, and of that bits 1 to 4.
+            let shifts: [u8; 64] = core::array::from_fn(|byte| [3, 63, 11, 7][byte % 8 / 2]);
+            // SAFETY: the table has 64 bytes.
+            let shifts = unsafe { _mm512_loadu_si512(shifts.as_ptr().cast()) };
+            // SAFETY: 16 values.
+            let book = unsafe { _mm512_loadu_ps(values.as_ptr()) };
             let mut start = 0;
             for &absmax in &absmax[..len.div_ceil(block_size)] {
-                // Twice the table: the permute reads 5 bits of a lane, of which the highest is the next code's.
-                let table = _mm512_broadcast_i64x4($round(_mm512_mul_ps(book, _mm512_set1_ps(absmax))));
+                let table = $table(_mm512_mul_ps(book, _mm512_set1_ps(absmax)), absmax);
                 let end = len.min(start + block_size);
                 while start + 32 <= end {
                     // SAFETY: the 16 bytes of weights `start .. start + 32`, which is even, and room for these.
@@ -537,5 +578,5 @@ macro_rules! dequantize_16_bits {
     };
 }
 
-dequantize_16_bits!(dequantize_bf16, blocks_bf16, Bf16, to_bf16);
-dequantize_16_bits!(dequantize_f16, blocks_f16, F16, to_f16);
+dequantize_16_bits!(dequantize_bf16, blocks_bf16, Bf16, table_bf16);
+dequantize_16_bits!(dequantize_f16, blocks_f16, F16, table_f16);

@@ -6,20 +6,28 @@ mod cells;
 mod scalar;
 
 #[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
 mod avx512;
 
 use crate::{DynamicMap, Isa};
 
+/// `(map, block_size, input, codes, absmax)`; the last block may be short.
+pub(crate) type Quantize = fn(&DynamicMap, usize, &[f32], &mut [u8], &mut [f32]);
+
+/// `(values, codes, absmax, block_size, out)`; the last block may be short.
+pub(crate) type Dequantize = fn(&[f32; 256], &[u8], &[f32], usize, &mut [f32]);
+
 pub(crate) struct Kernels {
-    /// `(map, block_size, input, codes, absmax)`; the last block may be short.
-    pub(crate) quantize: fn(&DynamicMap, usize, &[f32], &mut [u8], &mut [f32]),
-    /// `(values, codes, absmax, block_size, out)`; the last block may be short.
-    pub(crate) dequantize: fn(&[f32; 256], &[u8], &[f32], usize, &mut [f32]),
+    pub(crate) quantize: Quantize,
+    pub(crate) dequantize: Dequantize,
 }
 
 pub(crate) fn kernels(isa: Isa) -> &'static Kernels {
     match isa {
         Isa::Scalar => &scalar::KERNELS,
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx2 => &avx2::KERNELS,
         #[cfg(target_arch = "x86_64")]
         Isa::Avx512 | Isa::Avx512Bf16 => &avx512::KERNELS,
         _ => &cells::KERNELS,
