@@ -11,6 +11,8 @@ mod scalar;
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+#[cfg(target_arch = "aarch64")]
+mod neon;
 
 use core::ops::Range;
 
@@ -184,6 +186,10 @@ pub(crate) fn kernels(isa: Isa) -> &'static Kernels {
         Isa::Avx512 => &avx512::KERNELS,
         #[cfg(target_arch = "x86_64")]
         Isa::Avx512Bf16 => &avx512::KERNELS_BF16,
+        #[cfg(target_arch = "aarch64")]
+        Isa::Neon => &neon::KERNELS,
+        #[cfg(target_arch = "aarch64")]
+        Isa::NeonDot => &neon::KERNELS_DOT,
         _ => &scalar::KERNELS,
     }
 }
