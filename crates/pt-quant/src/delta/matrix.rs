@@ -5,7 +5,7 @@ use alloc::vec::Vec;
 
 use super::{BitDelta, BitDeltaRef, BitMatrix, DeltaScale, DeltaScaleBuf, SCALE_GROUP, ScaleAxis};
 use crate::error::check_len;
-use crate::simd::delta::lookup::{self, Line, Sums, TILE, position};
+use crate::simd::delta::lookup::{self, Line, Sums, TILE, Tiles, position};
 use crate::{Exec, QuantError};
 
 /// A 1-bit delta that can be multiplied: signs in tiles of 64 outputs, in which the bytes of 8 inputs of all outputs lie together.
@@ -159,6 +159,12 @@ impl DeltaMatrix {
     /// The lines of 64 outputs.
     pub(super) fn tile(&self, tile: usize) -> &[Line] {
         &self.lines[tile * self.lines_per_tile()..][..self.lines_per_tile()]
+    }
+
+    /// Some tiles, for the kernels.
+    pub(super) fn tiles(&self, first: usize, count: usize) -> Tiles<'_> {
+        let (stride, len) = (self.lines_per_tile(), self.lines_per_tile());
+        Tiles { lines: &self.lines[first * stride..][..count * stride], stride, count, len }
     }
 
     /// The signs of 64 inputs for all outputs: `[num_tiles · 8]` lines, whose bits are outputs in the order of

@@ -1,11 +1,11 @@
 //! dx = dy · delta_scale · signs, and the gradient of the scales.
 
 use super::tables::rows_at_once;
-use super::{DeltaOptions, DeltaWorkspace, Slot, filled, forward, multiply};
+use super::{DeltaOptions, DeltaWorkspace, Slot, filled, forward, multiply, task_len};
 use crate::delta::matrix::TiledScale;
 use crate::delta::{DeltaArithmetic, DeltaMatrix, ScaleAxis};
 use crate::error::check_len;
-use crate::simd::delta::lookup::{self, GROUP, LINE, Line, TILE, output_at};
+use crate::simd::delta::lookup::{self, GROUP, LINE, Line, Rows, TILE, Tiles, output_at};
 use crate::{Element, Exec, Inline, QuantError};
 
 impl DeltaMatrix {
@@ -84,8 +84,8 @@ impl DeltaMatrix {
                     &own_tables
                 };
                 let sums = filled(sums, num_tiles * count, [0.0; TILE]);
-                let tile = |index: usize| (&lines[index * num_lines..][..num_lines], &[][..]);
-                multiply(kernels, num_tiles, tile, (tables, 0..count), sums);
+                let tiles = Tiles { lines, stride: num_lines, count: num_tiles, len: num_lines };
+                multiply(kernels, &tiles, 0..num_lines, &Rows { data: &[], stride: 0 }, (tables, 0..count), sums);
                 for (index, sums) in sums.chunks_exact(count).enumerate() {
                     for (row, sums) in sums.iter().enumerate() {
                         let dx = block.row(start + row);
@@ -144,21 +144,22 @@ impl DeltaMatrix {
                 forward::copy(&x[(start + row) * in_features..][..in_features], numbers);
             };
             let tables = shared.build(kernels, arithmetic, (count, num_lines), fill, exec);
-            exec.for_each_columns((&mut *totals, out_features * per_row), TILE * per_row, slots, |first, mut block, slot| {
-                let tile = first / (TILE * per_row);
-                let totals = block.row(0);
-                for (group, lines) in self.tile(tile).chunks(part).enumerate() {
-                    let sums = filled(&mut slot.sums, count, [0.0; TILE]);
-                    let range = group * part..group * part + lines.len();
-                    let max_rows = tables.max_rows(kernels);
-                    for (index, sums) in sums.chunks_mut(max_rows).enumerate() {
-                        tables.multiply(kernels, self.tile(tile), range.clone(), &[], index * max_rows, sums);
-                    }
-                    for (row, sums) in sums.iter().enumerate() {
-                        let dy = dy[(start + row) * out_features..][..out_features][tile * TILE..].iter();
-                        let totals = totals.iter_mut().skip(group).step_by(per_row);
-                        for ((total, sum), dy) in totals.zip(sums).zip(dy) {
-                            *total += f64::from(*sum) * f64::from(dy.to_f32());
+            let block = task_len(out_features, exec) * per_row;
+            exec.for_each_columns((&mut *totals, out_features * per_row), block, slots, |first, mut block, slot| {
+                let (first, totals) = (first / per_row, block.row(0));
+                let num_tiles = (totals.len() / per_row).div_ceil(TILE);
+                let tiles = self.tiles(first / TILE, num_tiles);
+                for (group, start_line) in (0..num_lines).step_by(part).enumerate() {
+                    let sums = filled(&mut slot.sums, num_tiles * count, [0.0; TILE]);
+                    let lines = start_line..num_lines.min(start_line + part);
+                    multiply(kernels, &tiles, lines, &Rows { data: &[], stride: 0 }, (&tables, 0..count), sums);
+                    for (tile, sums) in sums.chunks_exact(count).enumerate() {
+                        for (row, sums) in sums.iter().enumerate() {
+                            let dy = &dy[(start + row) * out_features..][first + tile * TILE..out_features];
+                            let totals = totals[tile * TILE * per_row..].iter_mut().skip(group).step_by(per_row);
+                            for ((total, sum), dy) in totals.zip(sums).zip(dy) {
+                                *total += f64::from(*sum) * f64::from(dy.to_f32());
+                            }
                         }
                     }
                 }

@@ -9,7 +9,7 @@ use crate::delta::DeltaMatrix;
 use crate::delta::matrix::TiledScale;
 use crate::error::check_len;
 use crate::exec::Columns;
-use crate::simd::delta::lookup::{self, Kernels, Sums, TILE};
+use crate::simd::delta::lookup::{self, Kernels, Rows, Sums, TILE};
 use crate::{Element, Exec, QuantError};
 
 impl DeltaMatrix {
@@ -174,15 +174,13 @@ fn forward_block<Y: Element>(
     let (first_tile, num_tiles) = (first / TILE, block.len().div_ceil(TILE));
     let sums = filled(&mut slot.sums, num_tiles * rows.len(), [0.0; TILE]);
     let groups = delta.lines_per_tile().div_ceil(lookup::GROUP);
-    let tile = |index: usize| {
-        let index = first_tile + index;
-        let scales: &[Sums] = match delta.scale() {
-            TiledScale::Group128(scales) => &scales[index * groups..][..groups],
-            TiledScale::Matrix(_) | TiledScale::Row(_) => &[],
-        };
-        (delta.tile(index), scales)
+    let scales: &[Sums] = match delta.scale() {
+        TiledScale::Group128(scales) => &scales[first_tile * groups..],
+        TiledScale::Matrix(_) | TiledScale::Row(_) => &[],
     };
-    multiply(kernels, num_tiles, tile, (tables, range), sums);
+    let scales = Rows { data: scales, stride: groups };
+    let tiles = delta.tiles(first_tile, num_tiles);
+    multiply(kernels, &tiles, 0..tiles.len, &scales, (tables, range), sums);
     for (index, sums) in sums.chunks_exact(rows.len()).enumerate() {
         for ((_, row), sums) in rows.iter().zip(sums) {
             let y = block.row(*row);

@@ -11,7 +11,7 @@ pub use forward::add_tenants;
 
 use crate::Exec;
 use crate::dense::Output;
-use crate::simd::delta::lookup::{Integers, Kernels, Line, Sums, TILE};
+use crate::simd::delta::lookup::{Integers, Kernels, Line, Rows, Sums, TILE, Tiles};
 use tables::TableRows;
 
 /// In which numbers a product is computed.
@@ -90,7 +90,7 @@ impl DeltaWorkspace {
     }
 }
 
-/// Lines that are worked on for all rows before the next: their tables stay in the L1 cache while tiles go by. Whole groups.
+/// Lines that are worked on for all rows and tiles before the next: lines and tables stay in the L1 cache meanwhile. Whole groups.
 const BLOCK_LINES: usize = 32;
 
 /// Tiles that a task takes at most: tables that are read once serve all of them.
@@ -112,28 +112,17 @@ fn task_len(outputs: usize, exec: &Exec<'_>) -> usize {
     tiles.div_ceil(2 * exec.num_threads()).clamp(1, TASK_TILES) * TILE
 }
 
-/// `sums[tile, row] += Σ signs · x` for some tiles, which `tile(index)` gives with its scales by group (or none), and rows of tables.
-fn multiply<'a>(
+/// `sums[tile, row] += Σ signs · x` for some lines of some tiles, with their scales by group or none, and rows of tables. The lines start with a group.
+fn multiply(
     kernels: &Kernels,
-    num_tiles: usize,
-    tile: impl Fn(usize) -> (&'a [Line], &'a [Sums]),
+    tiles: &Tiles<'_>,
+    lines: Range<usize>,
+    scales: &Rows<'_, Sums>,
     (tables, rows): (&TableRows<'_>, Range<usize>),
     sums: &mut [Sums],
 ) {
-    let num_rows = rows.len();
-    let max_rows = tables.max_rows(kernels);
-    let depth = if num_tiles > 0 { tile(0).0.len() } else { 0 };
-    // One pass over each tile where few rows read its lines, blocks where many do.
-    let block = if num_rows > max_rows { BLOCK_LINES } else { depth.max(1) };
-    for start in (0..depth).step_by(block) {
-        let range = start..depth.min(start + block);
-        for first in (0..num_rows).step_by(max_rows) {
-            let count = max_rows.min(num_rows - first);
-            for index in 0..num_tiles {
-                let (lines, scales) = tile(index);
-                let sums = &mut sums[index * num_rows + first..][..count];
-                tables.multiply(kernels, lines, range.clone(), scales, rows.start + first, sums);
-            }
-        }
+    for start in lines.clone().step_by(BLOCK_LINES) {
+        let block = start..lines.end.min(start + BLOCK_LINES);
+        tables.multiply(kernels, tiles, block, scales, rows.clone(), sums);
     }
 }

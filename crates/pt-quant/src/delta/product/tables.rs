@@ -6,7 +6,7 @@ use core::ops::Range;
 use super::DeltaArithmetic;
 use crate::Exec;
 use crate::dense::grown;
-use crate::simd::delta::lookup::{GROUP, Integers, Kernels, LINE, Line, Rows, Sums};
+use crate::simd::delta::lookup::{GROUP, Integers, Kernels, LINE, Out, Rows, Sums, Tiles};
 
 /// Memory that tables may take, so that they stay in the L2 cache: more rows than that holds go one part after the other.
 const MAX_BYTES: usize = 768 << 10;
@@ -26,21 +26,14 @@ pub(super) enum TableRows<'a> {
     Integers { kind: Integers, data: &'a [u8], stride: usize, units: &'a [f32], units_stride: usize },
 }
 
-/// Rows of activations whose tables are made together.
+/// Rows of activations whose tables are made together: a multiple of what kernels take at once.
 pub(super) fn rows_at_once(kernels: &Kernels, arithmetic: DeltaArithmetic, num_lines: usize) -> usize {
-    let (line_bytes, max_rows) = match arithmetic.integers() {
-        None => (kernels.f32_len * size_of::<f32>(), kernels.max_rows[0]),
-        Some(kind) => (kind.line_bytes(), kernels.max_rows[planes(kind)]),
+    let line_bytes = match arithmetic.integers() {
+        None => kernels.f32_len * size_of::<f32>(),
+        Some(kind) => kind.line_bytes(),
     };
     let rows = MAX_BYTES / (line_bytes * num_lines).max(1);
-    (rows / max_rows * max_rows).clamp(max_rows, 128)
-}
-
-fn planes(kind: Integers) -> usize {
-    match kind {
-        Integers::One => 1,
-        Integers::Two | Integers::Int8 => 2,
-    }
+    (rows / 4 * 4).clamp(4, 128)
 }
 
 impl Buffers {
@@ -82,46 +75,43 @@ impl Buffers {
 }
 
 impl TableRows<'_> {
-    /// Rows that the kernel takes at once.
-    pub(super) fn max_rows(&self, kernels: &Kernels) -> usize {
-        match self {
-            Self::F32 { .. } => kernels.max_rows[0],
-            Self::Integers { kind, .. } => kernels.max_rows[planes(*kind)],
-        }
-    }
-
-    /// Adds the product of some lines of a tile with the rows from `row` on, one for each of `sums`. The lines start with a group; `scales` are those of all
-    /// groups of the tile, or none.
+    /// Adds the product of some lines of some tiles with some rows: `sums[tile, row]`. The lines start with a group; `scales` are those of all groups of the
+    /// tiles, or none.
     pub(super) fn multiply(
         &self,
         kernels: &Kernels,
-        lines: &[Line],
-        range: Range<usize>,
-        scales: &[Sums],
-        row: usize,
+        tiles: &Tiles<'_>,
+        lines: Range<usize>,
+        scales: &Rows<'_, Sums>,
+        rows: Range<usize>,
         sums: &mut [Sums],
     ) {
-        let groups = range.start / GROUP..range.end.div_ceil(GROUP);
+        let groups = lines.start / GROUP..lines.end.div_ceil(GROUP);
+        let tiles_of = |lines: Range<usize>| Tiles { lines: &tiles.lines[lines.start..], len: lines.len(), ..*tiles };
+        let scales_of = |group: usize| match scales.data {
+            [] => *scales,
+            data => Rows { data: &data[group..], stride: scales.stride },
+        };
+        let mut out = Out { sums, stride: rows.len(), rows: rows.len() };
         match *self {
             Self::F32 { data, stride } => {
-                let mut part = |range: Range<usize>, scale| {
-                    let data = &data[row * stride + range.start * kernels.f32_len..];
-                    (kernels.forward_f32)(&lines[range], &Rows { data, stride }, scale, sums);
+                let mut part = |lines: Range<usize>, scales| {
+                    let data = &data[rows.start * stride + lines.start * kernels.f32_len..];
+                    (kernels.forward_f32)(&tiles_of(lines), &Rows { data, stride }, &scales, &mut out);
                 };
-                if scales.is_empty() {
-                    part(range, None);
+                if scales.data.is_empty() {
+                    part(lines, *scales);
                 } else {
                     for group in groups {
-                        part(group * GROUP..range.end.min((group + 1) * GROUP), Some(&scales[group]));
+                        part(group * GROUP..lines.end.min((group + 1) * GROUP), scales_of(group));
                     }
                 }
             }
             Self::Integers { kind, data, stride, units, units_stride } => {
                 let forward = if kind == Integers::One { kernels.forward_one } else { kernels.forward_two };
-                let data = &data[row * stride + range.start * kind.line_bytes()..];
-                let units = &units[row * units_stride + groups.start..];
-                let scales = if scales.is_empty() { scales } else { &scales[groups] };
-                forward(&lines[range], &Rows { data, stride }, &Rows { data: units, stride: units_stride }, scales, sums);
+                let tables = Rows { data: &data[rows.start * stride + lines.start * kind.line_bytes()..], stride };
+                let units = Rows { data: &units[rows.start * units_stride + groups.start..], stride: units_stride };
+                forward(&tiles_of(lines), &tables, &units, &scales_of(groups.start), &mut out);
             }
         }
     }

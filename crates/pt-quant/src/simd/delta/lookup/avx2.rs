@@ -11,15 +11,14 @@
 use core::arch::x86_64::*;
 
 use super::{
-    GROUP, Integers, Kernels, LINE, Line, ONE_BIAS, Rows, Sums, TWO_BIAS, check_build_integers, check_integers, scalar,
-    steps_of,
+    GROUP, Integers, Kernels, LINE, ONE_BIAS, Out, Rows, Sums, TWO_BIAS, Tiles, check_build_integers, check_forward,
+    check_integers, scalar, steps_of,
 };
 
 const F32_LEN: usize = 24;
 
 pub(super) static KERNELS: Kernels = Kernels {
     f32_len: F32_LEN,
-    max_rows: [2, 2, 2],
     build_f32,
     forward_f32,
     build_integers,
@@ -41,40 +40,47 @@ fn build_f32(x: &[f32], tables: &mut [f32]) {
     }
 }
 
-/// Calls `$function::<M, ..>` for the number of rows, which is 1 or 2.
-macro_rules! by_rows {
-    ($rows:expr, $function:ident $(, $constant:expr)*; $arguments:tt) => {
-        match $rows {
-            1 => $function::<1 $(, $constant)*> $arguments,
-            2 => $function::<2 $(, $constant)*> $arguments,
-            rows => unreachable!("{rows} rows"),
+/// Calls `$function::<M, ..>` for each tile and blocks of 2 rows.
+macro_rules! by_blocks {
+    ($out:ident, $count:expr, $function:ident $(, $constant:expr)*; ($($argument:expr),*)) => {
+        for row in (0..$out.rows).step_by(2) {
+            for tile in 0..$count {
+                match $out.rows - row {
+                    1 => $function::<1 $(, $constant)*>($($argument,)* row, tile),
+                    _ => $function::<2 $(, $constant)*>($($argument,)* row, tile),
+                }
+            }
         }
     };
 }
 
-fn forward_f32(lines: &[Line], tables: &Rows<'_, f32>, scale: Option<&Sums>, sums: &mut [Sums]) {
-    tables.check(sums.len(), lines.len() * F32_LEN);
-    // SAFETY: handed out only by `kernels`, for an instruction set that `Exec` has checked; `check` has seen to the tables.
-    unsafe { by_rows!(sums.len(), forward_f32_of; (lines, tables, scale, sums)) }
+fn forward_f32(tiles: &Tiles<'_>, tables: &Rows<'_, f32>, scales: &Rows<'_, Sums>, out: &mut Out<'_>) {
+    check_forward(tiles, tables, F32_LEN, scales, out);
+    // SAFETY: handed out only by `kernels`, for an instruction set that `Exec` has checked; `check_forward` has seen to the bounds.
+    unsafe {
+        by_blocks!(out, tiles.count, forward_f32_of; (tiles, tables, scales, out));
+    }
 }
 
 /// # Safety
-/// `M` rows of tables of all lines, `M` sums.
+/// Bounds as `check_forward` has them, `M` rows from `row` on.
 #[target_feature(enable = "avx2,fma")]
 unsafe fn forward_f32_of<const M: usize>(
-    lines: &[Line],
+    tiles: &Tiles<'_>,
     tables: &Rows<'_, f32>,
-    scale: Option<&Sums>,
-    sums: &mut [Sums],
+    scales: &Rows<'_, Sums>,
+    out: &mut Out<'_>,
+    row: usize,
+    tile: usize,
 ) {
     for half in 0..2 {
         let mut acc = [[_mm256_setzero_ps(); 4]; M];
-        for (index, line) in lines.iter().enumerate() {
+        for (index, line) in tiles.tile(tile).iter().enumerate() {
             // SAFETY: a line has 64 bytes; the caller's promise for the tables.
             unsafe {
                 let bytes = _mm256_load_si256(line.0.as_ptr().add(32 * half).cast());
                 let table: [[__m256; 3]; M] = core::array::from_fn(|m| {
-                    let at = tables.data.as_ptr().add(m * tables.stride + index * F32_LEN);
+                    let at = tables.data.as_ptr().add((row + m) * tables.stride + index * F32_LEN);
                     [_mm256_loadu_ps(at), _mm256_loadu_ps(at.add(8)), _mm256_loadu_ps(at.add(16))]
                 });
                 macro_rules! part {
@@ -100,16 +106,18 @@ unsafe fn forward_f32_of<const M: usize>(
                 part!(3, 2);
             }
         }
-        for (acc, sums) in acc.into_iter().zip(sums.iter_mut()) {
+        for (m, acc) in acc.into_iter().enumerate() {
             for (byte, acc) in acc.into_iter().enumerate() {
                 let output = 16 * byte + 8 * half;
-                // SAFETY: 64 sums, and 64 scales if any.
+                // SAFETY: 64 sums a row and tile, and 64 scales a tile if any.
                 unsafe {
-                    let at = sums.as_mut_ptr().add(output);
+                    let at = out.sums.as_mut_ptr().add(tile * out.stride + row + m).cast::<f32>().add(output);
                     let old = _mm256_loadu_ps(at);
-                    let new = match scale {
-                        None => _mm256_add_ps(old, acc),
-                        Some(scale) => _mm256_fmadd_ps(acc, _mm256_loadu_ps(scale.as_ptr().add(output)), old),
+                    let new = if scales.data.is_empty() {
+                        _mm256_add_ps(old, acc)
+                    } else {
+                        let scale = scales.data.as_ptr().add(tile * scales.stride).cast::<f32>().add(output);
+                        _mm256_fmadd_ps(acc, _mm256_loadu_ps(scale), old)
                     };
                     _mm256_storeu_ps(at, new);
                 }
@@ -209,32 +217,50 @@ fn bytes([first, second]: [__m256i; 2]) -> __m128i {
     _mm_packus_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256::<1>(words))
 }
 
-fn forward_one(lines: &[Line], tables: &Rows<'_, u8>, units: &Rows<'_, f32>, scales: &[Sums], sums: &mut [Sums]) {
-    check_integers(Integers::One, lines, tables, units, scales, sums.len());
-    // SAFETY: handed out only by `kernels`, for an instruction set that `Exec` has checked; `check_integers` has seen to the lengths.
-    unsafe { by_rows!(sums.len(), forward_integers, 1; (lines, tables, units, scales, sums)) }
+fn forward_one(
+    tiles: &Tiles<'_>,
+    tables: &Rows<'_, u8>,
+    units: &Rows<'_, f32>,
+    scales: &Rows<'_, Sums>,
+    out: &mut Out<'_>,
+) {
+    check_integers(Integers::One, tiles, tables, units, scales, out);
+    // SAFETY: handed out only by `kernels`, for an instruction set that `Exec` has checked; `check_integers` has seen to the bounds.
+    unsafe {
+        by_blocks!(out, tiles.count, forward_integers, 1; (tiles, tables, units, scales, out));
+    }
 }
 
-fn forward_two(lines: &[Line], tables: &Rows<'_, u8>, units: &Rows<'_, f32>, scales: &[Sums], sums: &mut [Sums]) {
-    check_integers(Integers::Two, lines, tables, units, scales, sums.len());
+fn forward_two(
+    tiles: &Tiles<'_>,
+    tables: &Rows<'_, u8>,
+    units: &Rows<'_, f32>,
+    scales: &Rows<'_, Sums>,
+    out: &mut Out<'_>,
+) {
+    check_integers(Integers::Two, tiles, tables, units, scales, out);
     // SAFETY: as in `forward_one`.
-    unsafe { by_rows!(sums.len(), forward_integers, 2; (lines, tables, units, scales, sums)) }
+    unsafe {
+        by_blocks!(out, tiles.count, forward_integers, 2; (tiles, tables, units, scales, out));
+    }
 }
 
 /// # Safety
-/// Lengths as `check_integers` has them, for `M` rows.
+/// Bounds as `check_integers` has them, `M` rows from `row` on.
 #[target_feature(enable = "avx2,fma")]
 unsafe fn forward_integers<const M: usize, const PLANES: usize>(
-    lines: &[Line],
+    tiles: &Tiles<'_>,
     tables: &Rows<'_, u8>,
     units: &Rows<'_, f32>,
-    scales: &[Sums],
-    sums: &mut [Sums],
+    scales: &Rows<'_, Sums>,
+    out: &mut Out<'_>,
+    row: usize,
+    tile: usize,
 ) {
     let nibble = _mm256_set1_epi8(15);
-    for (group, lines) in lines.chunks(GROUP).enumerate() {
+    for (group, lines) in tiles.tile(tile).chunks(GROUP).enumerate() {
         // SAFETY: the caller's promise: tables of this group follow in each row.
-        let start = unsafe { tables.data.as_ptr().add(group * GROUP * 32 * PLANES) };
+        let start = unsafe { tables.data.as_ptr().add(row * tables.stride + group * GROUP * 32 * PLANES) };
         for half in 0..2 {
             let mut all = [[_mm256_setzero_si256(); PLANES]; M];
             let mut odd = [[_mm256_setzero_si256(); PLANES]; M];
@@ -262,14 +288,14 @@ unsafe fn forward_integers<const M: usize, const PLANES: usize>(
                 // SAFETY: the caller's promise: a unit for each group and row, scales for each group if any, 64 sums a row.
                 unsafe {
                     let values = values::<PLANES>(all[m], odd[m], lines.len());
-                    let unit = _mm256_set1_ps(*units.data.get_unchecked(m * units.stride + group));
-                    let to = sums.get_unchecked_mut(m).as_mut_ptr();
+                    let unit = _mm256_set1_ps(*units.data.get_unchecked((row + m) * units.stride + group));
+                    let to = out.sums.as_mut_ptr().add(tile * out.stride + row + m).cast::<f32>();
                     for (byte, value) in values.into_iter().enumerate() {
                         let output = 16 * byte + 8 * half;
                         let mut value = _mm256_mul_ps(_mm256_cvtepi32_ps(value), unit);
-                        if !scales.is_empty() {
-                            let scale = scales.get_unchecked(group).as_ptr().add(output);
-                            value = _mm256_mul_ps(value, _mm256_loadu_ps(scale));
+                        if !scales.data.is_empty() {
+                            let scale = scales.data.as_ptr().add(tile * scales.stride + group).cast::<f32>();
+                            value = _mm256_mul_ps(value, _mm256_loadu_ps(scale.add(output)));
                         }
                         let to = to.add(output);
                         _mm256_storeu_ps(to, _mm256_add_ps(_mm256_loadu_ps(to), value));

@@ -4,7 +4,7 @@
 //! f32, a line:       for each byte r of the double words, for each nibble j of it:
 //!                        acc[r] += permute(table[j], line >> (8r + 4j))                16 outputs × 4 inputs
 //! integers, a line:  entries = shuffle(table[0], low nibbles) + shuffle(table[1], high nibbles)   64 outputs × 8 inputs, for each plane
-//!                    all += entries (as 16-bit numbers); odd += entries >> 8           even = all - (odd << 8), at the end of a group
+//!                    all += entries (as 16-bit numbers); odd += upper bytes            even = all - (odd << 8), at the end of a group
 //! ```
 //! The permute reads the lowest 4 bits of a lane, so the shifts need no masks. Bytes of 7 bits can be added once without a carry; 16-bit sums hold
 //! a group. Planes are put together by a dot product with (1, 128), and the bias is what the dot product starts from.
@@ -12,15 +12,14 @@
 use core::arch::x86_64::*;
 
 use super::{
-    GROUP, Integers, Kernels, LINE, Line, ONE_BIAS, Rows, Sums, TWO_BIAS, check_build_integers, check_integers,
-    steps_of,
+    GROUP, Integers, Kernels, LINE, Line, ONE_BIAS, Out, Rows, Sums, TWO_BIAS, Tiles, check_build_integers,
+    check_forward, check_integers, steps_of,
 };
 
 const F32_LEN: usize = 32;
 
 pub(super) static KERNELS: Kernels = Kernels {
     f32_len: F32_LEN,
-    max_rows: [4, 4, 4],
     build_f32,
     forward_f32,
     build_integers,
@@ -74,43 +73,69 @@ unsafe fn build_f32_of(x: &[f32], tables: &mut [f32]) {
     }
 }
 
-/// Calls `$function::<M, ..>` for the number of rows, which is 1 to 4.
-macro_rules! by_rows {
-    ($rows:expr, $function:ident $(, $constant:expr)*; $arguments:tt) => {
-        match $rows {
-            1 => $function::<1 $(, $constant)*> $arguments,
-            2 => $function::<2 $(, $constant)*> $arguments,
-            3 => $function::<3 $(, $constant)*> $arguments,
-            4 => $function::<4 $(, $constant)*> $arguments,
-            rows => unreachable!("{rows} rows"),
+/// Calls `$function::<M, T, ..>` for blocks of at most `$rows` rows, and at most `$tiles` tiles of each, in that order: a block's tables stay in registers
+/// or the L1 cache while tiles go by.
+macro_rules! by_blocks {
+    ($out:ident, $count:expr, [$rows:literal, $tiles:literal], $function:ident $(, $constant:expr)*; $arguments:tt) => {
+        let mut row = 0;
+        while row < $out.rows {
+            let rows = ($out.rows - row).min($rows);
+            let mut tile = 0;
+            while tile < $count {
+                let tiles = ($count - tile).min($tiles);
+                by_blocks!(@call rows, tiles, row, tile, $function $(, $constant)*; $arguments);
+                tile += tiles;
+            }
+            row += rows;
+        }
+    };
+    (@call $rows:ident, $tiles:ident, $row:ident, $tile:ident, $function:ident $(, $constant:expr)*; ($($argument:expr),*)) => {
+        match ($rows, $tiles) {
+            (1, 1) => $function::<1, 1 $(, $constant)*>($($argument,)* $row, $tile),
+            (1, 2) => $function::<1, 2 $(, $constant)*>($($argument,)* $row, $tile),
+            (1, 3) => $function::<1, 3 $(, $constant)*>($($argument,)* $row, $tile),
+            (1, 4) => $function::<1, 4 $(, $constant)*>($($argument,)* $row, $tile),
+            (2, 1) => $function::<2, 1 $(, $constant)*>($($argument,)* $row, $tile),
+            (2, 2) => $function::<2, 2 $(, $constant)*>($($argument,)* $row, $tile),
+            (3, 1) => $function::<3, 1 $(, $constant)*>($($argument,)* $row, $tile),
+            (3, 2) => $function::<3, 2 $(, $constant)*>($($argument,)* $row, $tile),
+            (4, 1) => $function::<4, 1 $(, $constant)*>($($argument,)* $row, $tile),
+            (4, 2) => $function::<4, 2 $(, $constant)*>($($argument,)* $row, $tile),
+            (rows, tiles) => unreachable!("{rows} rows and {tiles} tiles"),
         }
     };
 }
 
-fn forward_f32(lines: &[Line], tables: &Rows<'_, f32>, scale: Option<&Sums>, sums: &mut [Sums]) {
-    tables.check(sums.len(), lines.len() * F32_LEN);
-    let scale = scale.map_or(core::ptr::null(), |scale| scale.as_ptr());
-    // SAFETY: handed out only by `kernels`, for an instruction set that `Exec` has checked; `check` has seen to the tables.
-    unsafe { by_rows!(sums.len(), forward_f32_of; (lines, tables.data.as_ptr(), tables.stride, scale, sums)) }
+fn forward_f32(tiles: &Tiles<'_>, tables: &Rows<'_, f32>, scales: &Rows<'_, Sums>, out: &mut Out<'_>) {
+    check_forward(tiles, tables, F32_LEN, scales, out);
+    // SAFETY: handed out only by `kernels`, for an instruction set that `Exec` has checked; `check_forward` has seen to the bounds.
+    unsafe {
+        by_blocks!(out, tiles.count, [4, 1], forward_f32_of; (tiles, tables, scales, out));
+    }
 }
 
 /// # Safety
-/// `M` rows of tables of all lines; `scale` null or of 64 numbers; `M` sums.
+/// Bounds as `check_forward` has them, `M` rows from `row` on and one tile.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
-unsafe fn forward_f32_of<const M: usize>(
-    lines: &[Line],
-    tables: *const f32,
-    stride: usize,
-    scale: *const f32,
-    sums: &mut [Sums],
+unsafe fn forward_f32_of<const M: usize, const T: usize>(
+    tiles: &Tiles<'_>,
+    tables: &Rows<'_, f32>,
+    scales: &Rows<'_, Sums>,
+    out: &mut Out<'_>,
+    row: usize,
+    tile: usize,
 ) {
+    let one = _mm512_set1_ps(1.0);
     let mut acc = [[_mm512_setzero_ps(); 4]; M];
-    for (index, line) in lines.iter().enumerate() {
-        // SAFETY: a line has 64 bytes; the caller's promise for the tables.
+    // SAFETY: the caller's promise.
+    let (lines, start) =
+        unsafe { (tiles.lines.as_ptr().add(tile * tiles.stride), tables.data.as_ptr().add(row * tables.stride)) };
+    for index in 0..tiles.len {
+        // SAFETY: `len` lines of 64 bytes, and tables of each for all rows.
         unsafe {
-            let bytes = _mm512_load_si512(line.0.as_ptr().cast());
+            let bytes = _mm512_load_si512(lines.add(index).cast());
             let table: [[__m512; 2]; M] = core::array::from_fn(|m| {
-                let at = tables.add(m * stride + index * F32_LEN);
+                let at = start.add(m * tables.stride + index * F32_LEN);
                 [_mm512_loadu_ps(at), _mm512_loadu_ps(at.add(16))]
             });
             macro_rules! nibble {
@@ -118,7 +143,12 @@ unsafe fn forward_f32_of<const M: usize>(
                     let picked = _mm512_srli_epi32::<{ 8 * $byte + 4 * $nibble }>(bytes);
                     for m in 0..M {
                         let entries = _mm512_permutexvar_ps(picked, table[m][$nibble]);
-                        acc[m][$byte] = _mm512_add_ps(acc[m][$byte], entries);
+                        // The same sum either way: additions and multiplications have different units.
+                        acc[m][$byte] = if $byte % 2 == 0 {
+                            _mm512_add_ps(acc[m][$byte], entries)
+                        } else {
+                            _mm512_fmadd_ps(entries, one, acc[m][$byte])
+                        };
                     }
                 };
             }
@@ -132,16 +162,17 @@ unsafe fn forward_f32_of<const M: usize>(
             nibble!(3, 1);
         }
     }
-    for (acc, sums) in acc.into_iter().zip(sums) {
+    for (m, acc) in acc.into_iter().enumerate() {
         for (quarter, acc) in acc.into_iter().enumerate() {
-            // SAFETY: 64 sums, and 64 scales if any.
+            // SAFETY: 64 sums a row and tile, and 64 scales a tile if any.
             unsafe {
-                let at = sums.as_mut_ptr().add(16 * quarter);
+                let at = out.sums.as_mut_ptr().add(tile * out.stride + row + m).cast::<f32>().add(16 * quarter);
                 let old = _mm512_loadu_ps(at);
-                let new = if scale.is_null() {
+                let new = if scales.data.is_empty() {
                     _mm512_add_ps(old, acc)
                 } else {
-                    _mm512_fmadd_ps(acc, _mm512_loadu_ps(scale.add(16 * quarter)), old)
+                    let scale = scales.data.as_ptr().add(tile * scales.stride).cast::<f32>().add(16 * quarter);
+                    _mm512_fmadd_ps(acc, _mm512_loadu_ps(scale), old)
                 };
                 _mm512_storeu_ps(at, new);
             }
@@ -253,67 +284,104 @@ unsafe fn build_two<const INT8: bool>(x: &[f32], tables: &mut [u8], units: &mut 
     }
 }
 
-fn forward_one(lines: &[Line], tables: &Rows<'_, u8>, units: &Rows<'_, f32>, scales: &[Sums], sums: &mut [Sums]) {
-    check_integers(Integers::One, lines, tables, units, scales, sums.len());
-    // SAFETY: handed out only by `kernels`, for an instruction set that `Exec` has checked; `check_integers` has seen to the lengths.
-    unsafe { by_rows!(sums.len(), forward_integers, 1; (lines, tables, units, scales, sums)) }
+fn forward_one(
+    tiles: &Tiles<'_>,
+    tables: &Rows<'_, u8>,
+    units: &Rows<'_, f32>,
+    scales: &Rows<'_, Sums>,
+    out: &mut Out<'_>,
+) {
+    check_integers(Integers::One, tiles, tables, units, scales, out);
+    // SAFETY: handed out only by `kernels`, for an instruction set that `Exec` has checked; `check_integers` has seen to the bounds.
+    unsafe {
+        if out.rows == 1 {
+            by_blocks!(out, tiles.count, [1, 4], forward_integers, 1; (tiles, tables, units, scales, out));
+        } else {
+            by_blocks!(out, tiles.count, [4, 2], forward_integers, 1; (tiles, tables, units, scales, out));
+        }
+    }
 }
 
-fn forward_two(lines: &[Line], tables: &Rows<'_, u8>, units: &Rows<'_, f32>, scales: &[Sums], sums: &mut [Sums]) {
-    check_integers(Integers::Two, lines, tables, units, scales, sums.len());
+fn forward_two(
+    tiles: &Tiles<'_>,
+    tables: &Rows<'_, u8>,
+    units: &Rows<'_, f32>,
+    scales: &Rows<'_, Sums>,
+    out: &mut Out<'_>,
+) {
+    check_integers(Integers::Two, tiles, tables, units, scales, out);
     // SAFETY: as in `forward_one`.
-    unsafe { by_rows!(sums.len(), forward_integers, 2; (lines, tables, units, scales, sums)) }
+    unsafe {
+        if out.rows == 1 {
+            by_blocks!(out, tiles.count, [1, 4], forward_integers, 2; (tiles, tables, units, scales, out));
+        } else {
+            by_blocks!(out, tiles.count, [2, 2], forward_integers, 2; (tiles, tables, units, scales, out));
+        }
+    }
 }
 
 /// # Safety
-/// Lengths as `check_integers` has them, for `M` rows.
+/// Bounds as `check_integers` has them, `M` rows from `row` on and `T` tiles from `tile` on.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
-unsafe fn forward_integers<const M: usize, const PLANES: usize>(
-    lines: &[Line],
+unsafe fn forward_integers<const M: usize, const T: usize, const PLANES: usize>(
+    tiles: &Tiles<'_>,
     tables: &Rows<'_, u8>,
     units: &Rows<'_, f32>,
-    scales: &[Sums],
-    sums: &mut [Sums],
+    scales: &Rows<'_, Sums>,
+    out: &mut Out<'_>,
+    row: usize,
+    tile: usize,
 ) {
     let nibble = _mm512_set1_epi8(15);
-    for (group, lines) in lines.chunks(GROUP).enumerate() {
-        let mut all = [[_mm512_setzero_si512(); PLANES]; M];
-        let mut odd = [[_mm512_setzero_si512(); PLANES]; M];
-        // SAFETY: the caller's promise: tables of this group follow in each row.
-        let start = unsafe { tables.data.as_ptr().add(group * GROUP * 32 * PLANES) };
-        for (index, line) in lines.iter().enumerate() {
-            // SAFETY: a line has 64 bytes, its tables `32 · PLANES`.
+    let odd_bytes = _mm512_set1_epi16(1 << 8);
+    // SAFETY: the caller's promise.
+    let (lines, start) =
+        unsafe { (tiles.lines.as_ptr().add(tile * tiles.stride), tables.data.as_ptr().add(row * tables.stride)) };
+    for group in 0..tiles.len.div_ceil(GROUP) {
+        let mut all = [[[_mm512_setzero_si512(); PLANES]; T]; M];
+        let mut odd = [[[_mm512_setzero_si512(); PLANES]; T]; M];
+        let end = tiles.len.min((group + 1) * GROUP);
+        for index in group * GROUP..end {
+            // SAFETY: `len` lines of 64 bytes in each tile, and tables of `32 · PLANES` bytes a line in each row.
             unsafe {
-                let bytes = _mm512_load_si512(line.0.as_ptr().cast());
-                let low = _mm512_and_si512(bytes, nibble);
-                let high = _mm512_and_si512(_mm512_srli_epi16::<4>(bytes), nibble);
+                let nibbles: [[__m512i; 2]; T] = core::array::from_fn(|t| {
+                    let bytes = _mm512_load_si512(lines.add(t * tiles.stride + index).cast());
+                    [_mm512_and_si512(bytes, nibble), _mm512_and_si512(_mm512_srli_epi16::<4>(bytes), nibble)]
+                });
                 for m in 0..M {
                     for plane in 0..PLANES {
                         let table = start.add(m * tables.stride + 32 * (PLANES * index + plane)).cast();
                         let first = _mm512_broadcast_i32x4(_mm_loadu_si128(table));
                         let second = _mm512_broadcast_i32x4(_mm_loadu_si128(table.add(1)));
-                        let entries =
-                            _mm512_add_epi8(_mm512_shuffle_epi8(first, low), _mm512_shuffle_epi8(second, high));
-                        all[m][plane] = _mm512_add_epi16(all[m][plane], entries);
-                        odd[m][plane] = _mm512_add_epi16(odd[m][plane], _mm512_srli_epi16::<8>(entries));
+                        for t in 0..T {
+                            let [low, high] = nibbles[t];
+                            let entries =
+                                _mm512_add_epi8(_mm512_shuffle_epi8(first, low), _mm512_shuffle_epi8(second, high));
+                            all[m][t][plane] = _mm512_add_epi16(all[m][t][plane], entries);
+                            // A multiplication by 1, for shifts have the unit of the shuffles.
+                            let upper = _mm512_maddubs_epi16(entries, odd_bytes);
+                            odd[m][t][plane] = _mm512_add_epi16(odd[m][t][plane], upper);
+                        }
                     }
                 }
             }
         }
         for m in 0..M {
-            // SAFETY: the caller's promise: a unit for each group and row, scales for each group if any, 64 sums a row.
-            unsafe {
-                let values = values::<PLANES>(all[m], odd[m], lines.len());
-                let unit = _mm512_set1_ps(*units.data.get_unchecked(m * units.stride + group));
-                let to = sums.get_unchecked_mut(m).as_mut_ptr();
-                for (quarter, value) in values.into_iter().enumerate() {
-                    let mut value = _mm512_mul_ps(_mm512_cvtepi32_ps(value), unit);
-                    if !scales.is_empty() {
-                        let scale = scales.get_unchecked(group).as_ptr().add(16 * quarter);
-                        value = _mm512_mul_ps(value, _mm512_loadu_ps(scale));
+            for t in 0..T {
+                // SAFETY: the caller's promise: a unit for each group and row, scales for each group and tile if any, 64 sums a row and tile.
+                unsafe {
+                    let values = values::<PLANES>(all[m][t], odd[m][t], end - group * GROUP);
+                    let unit = _mm512_set1_ps(*units.data.get_unchecked((row + m) * units.stride + group));
+                    let to = out.sums.as_mut_ptr().add((tile + t) * out.stride + row + m).cast::<f32>();
+                    for (quarter, value) in values.into_iter().enumerate() {
+                        let mut value = _mm512_mul_ps(_mm512_cvtepi32_ps(value), unit);
+                        if !scales.data.is_empty() {
+                            let scale = scales.data.as_ptr().add((tile + t) * scales.stride + group);
+                            value = _mm512_mul_ps(value, _mm512_loadu_ps(scale.cast::<f32>().add(16 * quarter)));
+                        }
+                        let to = to.add(16 * quarter);
+                        _mm512_storeu_ps(to, _mm512_add_ps(_mm512_loadu_ps(to), value));
                     }
-                    let to = to.add(16 * quarter);
-                    _mm512_storeu_ps(to, _mm512_add_ps(_mm512_loadu_ps(to), value));
                 }
             }
         }

@@ -37,7 +37,23 @@ pub(crate) const fn position(output: usize) -> usize {
 /// Sums of a tile, in order.
 pub(crate) type Sums = [f32; TILE];
 
-/// Tables of some rows of activations: row `m` starts at `m · stride`.
+/// Some lines of some tiles: those of tile `t` are the `len` from `t · stride` on.
+#[derive(Clone, Copy)]
+pub(crate) struct Tiles<'a> {
+    pub(crate) lines: &'a [Line],
+    pub(crate) stride: usize,
+    pub(crate) count: usize,
+    pub(crate) len: usize,
+}
+
+impl<'a> Tiles<'a> {
+    /// The lines of a tile.
+    fn tile(&self, tile: usize) -> &'a [Line] {
+        &self.lines[tile * self.stride..][..self.len]
+    }
+}
+
+/// Tables, units or scales: row `m`, or tile `t`, starts at `m · stride`.
 #[derive(Clone, Copy)]
 pub(crate) struct Rows<'a, T> {
     pub(crate) data: &'a [T],
@@ -47,8 +63,15 @@ pub(crate) struct Rows<'a, T> {
 impl<T> Rows<'_, T> {
     /// Panics unless each of `rows` rows has `len` elements: the kernels' pointers rely on it.
     fn check(&self, rows: usize, len: usize) {
-        assert!(rows > 0 && self.data.len() >= (rows - 1) * self.stride + len, "tables for all rows");
+        assert!(rows == 0 || self.data.len() >= (rows - 1) * self.stride + len, "elements for all rows");
     }
+}
+
+/// Sums of `rows` rows of activations for each tile: `[tiles, stride]`, the first `rows` of each.
+pub(crate) struct Out<'a> {
+    pub(crate) sums: &'a mut [Sums],
+    pub(crate) stride: usize,
+    pub(crate) rows: usize,
 }
 
 /// How tables of integers are made.
@@ -109,14 +132,16 @@ fn steps_of(kind: Integers, largest: f32) -> (f32, f32) {
 /// `(x, tables)`: tables of `x`, of whole lines; [`Kernels::f32_len`] numbers a line.
 pub(crate) type BuildF32 = fn(&[f32], &mut [f32]);
 
-/// `(lines, tables, scale, sums)`: adds to the sums of each row the product with all lines, times the scale of each output if there is one.
-pub(crate) type ForwardF32 = fn(&[Line], &Rows<'_, f32>, Option<&Sums>, &mut [Sums]);
+/// `(tiles, tables, scales, out)`: adds to the sums of each tile and row their product, times the scale of each output if there are scales; then the lines are
+/// of one group, and there is one element of scales a tile.
+pub(crate) type ForwardF32 = fn(&Tiles<'_>, &Rows<'_, f32>, &Rows<'_, Sums>, &mut Out<'_>);
 
 /// `(kind, x, tables, units)`: tables of `x`, of whole lines, and a unit for each group.
 pub(crate) type BuildIntegers = fn(Integers, &[f32], &mut [u8], &mut [f32]);
 
-/// `(lines, tables, units, scales, sums)`: as [`ForwardF32`], with scales for each group of lines, or none at all.
-pub(crate) type ForwardIntegers = fn(&[Line], &Rows<'_, u8>, &Rows<'_, f32>, &[Sums], &mut [Sums]);
+/// `(tiles, tables, units, scales, out)`: as [`ForwardF32`], where the lines start with a group; units are for each group of a row, and scales, if any, for each
+/// group of a tile.
+pub(crate) type ForwardIntegers = fn(&Tiles<'_>, &Rows<'_, u8>, &Rows<'_, f32>, &Rows<'_, Sums>, &mut Out<'_>);
 
 /// Eight lines of inputs `8g ..` to eight lines of the transposed tile: outputs become inputs. Line `q` of the result holds, in the order of its bits, the
 /// outputs at positions `8q ..`, see [`output_at`].
@@ -130,8 +155,6 @@ pub(crate) const fn output_at(position: usize) -> usize {
 pub(crate) struct Kernels {
     /// Numbers of f32 tables a line.
     pub(crate) f32_len: usize,
-    /// Rows of activations that the kernels take at once, at least 1: f32, one plane, two planes.
-    pub(crate) max_rows: [usize; 3],
     pub(crate) build_f32: BuildF32,
     pub(crate) forward_f32: ForwardF32,
     pub(crate) build_integers: BuildIntegers,
@@ -152,18 +175,28 @@ pub(crate) fn kernels(isa: Isa) -> &'static Kernels {
     }
 }
 
-/// Panics unless tables, units and scales are there for all lines and rows: the kernels' pointers rely on it.
+/// Panics unless tables, scales and sums are there for all tiles and rows: the kernels' pointers rely on it.
+fn check_forward<T>(tiles: &Tiles<'_>, tables: &Rows<'_, T>, line_len: usize, scales: &Rows<'_, Sums>, out: &Out<'_>) {
+    let Tiles { lines, stride, count, len } = *tiles;
+    assert!(count == 0 || lines.len() >= (count - 1) * stride + len, "lines for all tiles");
+    tables.check(out.rows, len * line_len);
+    if !scales.data.is_empty() {
+        scales.check(count, len.div_ceil(GROUP));
+    }
+    assert!(out.rows <= out.stride && out.sums.len() >= count * out.stride, "sums for all tiles and rows");
+}
+
+/// Panics as [`check_forward`] does, and unless there are units for all groups and rows.
 fn check_integers(
     kind: Integers,
-    lines: &[Line],
+    tiles: &Tiles<'_>,
     tables: &Rows<'_, u8>,
     units: &Rows<'_, f32>,
-    scales: &[Sums],
-    rows: usize,
+    scales: &Rows<'_, Sums>,
+    out: &Out<'_>,
 ) {
-    tables.check(rows, lines.len() * kind.line_bytes());
-    units.check(rows, lines.len().div_ceil(GROUP));
-    assert!(scales.is_empty() || scales.len() == lines.len().div_ceil(GROUP), "scales for all groups, or none");
+    check_forward(tiles, tables, kind.line_bytes(), scales, out);
+    units.check(out.rows, tiles.len.div_ceil(GROUP));
 }
 
 /// Panics unless `x` and the tables are those of whole lines.

@@ -2,18 +2,17 @@
 //! tables differ in the order of their sums.
 
 use super::{
-    BuildIntegers, GROUP, Integers, Kernels, LINE, Line, ONE_BIAS, Rows, Sums, TILE, TWO_BIAS, check_build_integers,
-    check_integers, position, steps_of,
+    GROUP, Integers, Kernels, LINE, Line, Out, Rows, Sums, TILE, Tiles, check_build_integers,
+    check_forward, check_integers, position, steps_of,
 };
 
 const F32_LEN: usize = 32;
 
 pub(super) static KERNELS: Kernels = Kernels {
     f32_len: F32_LEN,
-    max_rows: [1; 3],
     build_f32,
     forward_f32,
-    build_integers: build_integers as BuildIntegers,
+    build_integers,
     forward_one: forward_integers::<1>,
     forward_two: forward_integers::<2>,
     transpose,
@@ -33,19 +32,23 @@ fn build_f32(x: &[f32], tables: &mut [f32]) {
     }
 }
 
-fn forward_f32(lines: &[Line], tables: &Rows<'_, f32>, scale: Option<&Sums>, sums: &mut [Sums]) {
-    tables.check(sums.len(), lines.len() * F32_LEN);
-    for (row, sums) in sums.iter_mut().enumerate() {
-        let mut acc = [0.0; TILE];
-        let tables = tables.data[row * tables.stride..].chunks_exact(F32_LEN);
-        for (line, table) in lines.iter().zip(tables) {
-            for (output, acc) in acc.iter_mut().enumerate() {
-                let byte = usize::from(line.0[position(output)]);
-                *acc += table[byte & 15] + table[16 + (byte >> 4)];
+fn forward_f32(tiles: &Tiles<'_>, tables: &Rows<'_, f32>, scales: &Rows<'_, Sums>, out: &mut Out<'_>) {
+    check_forward(tiles, tables, F32_LEN, scales, out);
+    for tile in 0..tiles.count {
+        let scale = scales.data.get(tile * scales.stride);
+        for row in 0..out.rows {
+            let mut acc = [0.0; TILE];
+            let tables = tables.data[row * tables.stride..].chunks_exact(F32_LEN);
+            for (line, table) in tiles.tile(tile).iter().zip(tables) {
+                for (output, acc) in acc.iter_mut().enumerate() {
+                    let byte = usize::from(line.0[position(output)]);
+                    *acc += table[byte & 15] + table[16 + (byte >> 4)];
+                }
             }
-        }
-        for (output, (sum, acc)) in sums.iter_mut().zip(acc).enumerate() {
-            *sum += scale.map_or(1.0, |scale| scale[output]) * acc;
+            let sums = &mut out.sums[tile * out.stride + row];
+            for (output, (sum, acc)) in sums.iter_mut().zip(acc).enumerate() {
+                *sum += scale.map_or(1.0, |scale| scale[output]) * acc;
+            }
         }
     }
 }
@@ -96,21 +99,23 @@ pub(super) fn build_integers(kind: Integers, x: &[f32], tables: &mut [u8], units
 }
 
 fn forward_integers<const PLANES: usize>(
-    lines: &[Line],
+    tiles: &Tiles<'_>,
     tables: &Rows<'_, u8>,
     units: &Rows<'_, f32>,
-    scales: &[Sums],
-    sums: &mut [Sums],
+    scales: &Rows<'_, Sums>,
+    out: &mut Out<'_>,
 ) {
     let kind = if PLANES == 1 { Integers::One } else { Integers::Two };
-    check_integers(kind, lines, tables, units, scales, sums.len());
+    check_integers(kind, tiles, tables, units, scales, out);
     let line_bytes = kind.line_bytes();
-    for (row, sums) in sums.iter_mut().enumerate() {
-        for (group, lines) in lines.chunks(GROUP).enumerate() {
+    for (tile, row) in (0..tiles.count).flat_map(|tile| (0..out.rows).map(move |row| (tile, row))) {
+        let sums = &mut out.sums[tile * out.stride + row];
+        for (group, lines) in tiles.tile(tile).chunks(GROUP).enumerate() {
             let tables = &tables.data[row * tables.stride + group * GROUP * line_bytes..];
             let unit = units.data[row * units.stride + group];
+            let scale = scales.data.get(tile * scales.stride + group);
             for (output, sum) in sums.iter_mut().enumerate() {
-                let mut total = -(2 * lines.len() as i32) * if PLANES == 1 { ONE_BIAS } else { TWO_BIAS };
+                let mut total = -(2 * lines.len() as i32) * kind.bias();
                 for (line, table) in lines.iter().zip(tables.chunks_exact(line_bytes)) {
                     let byte = usize::from(line.0[position(output)]);
                     for (plane, table) in table.chunks_exact(32).enumerate() {
@@ -119,7 +124,7 @@ fn forward_integers<const PLANES: usize>(
                     }
                 }
                 let value = total as f32 * unit;
-                *sum += scales.get(group).map_or(value, |scale| value * scale[output]);
+                *sum += scale.map_or(value, |scale| value * scale[output]);
             }
         }
     }
