@@ -15,6 +15,9 @@ const SMOLLM2: &str = "smollm2-135m-instruct";
 /// Runs the golden tests, or with `regenerate` the generators; `area` chooses one.
 pub(crate) fn golden(area: Option<&str>, regenerate: bool) -> Result<()> {
     let generators = workspace().join("fixtures/generate");
+    if area == Some(INTEROP) {
+        return interop(&generators, regenerate);
+    }
     let chosen = choose(&areas(&generators)?, area)?;
     if regenerate {
         return write_fixtures(&generators, &chosen);
@@ -30,6 +33,31 @@ pub(crate) fn golden(area: Option<&str>, regenerate: bool) -> Result<()> {
         bail!("no test ran: none has {} in its name", filter(&chosen.join(" or golden_")));
     }
     Ok(())
+}
+
+/// What `pt` writes, loaded by PEFT and transformers. Not an area: there is nothing to keep, and Python does the comparing.
+const INTEROP: &str = "interop";
+
+/// Has the tests write adapters and exports, tiny ones and those of the real model, and the pinned Python load them.
+fn interop(generators: &Path, regenerate: bool) -> Result<()> {
+    if regenerate {
+        bail!("`{INTEROP}` keeps no fixtures: run `cargo xtask golden {INTEROP}`");
+    }
+    let libtorch = setup::setup()?;
+    let model = fetch::one(SMOLLM2)?;
+    let python = pinned_python("venv-golden", &generators.join("requirements.txt"))?;
+    // In the build folder: the real model's two exports take a gigabyte, which a /tmp in memory may not have.
+    let place = workspace().join("target");
+    fs::create_dir_all(&place).with_context(|| format!("cannot make {}", place.display()))?;
+    let folder = tempfile::tempdir_in(&place).context("cannot make a temporary folder")?;
+    let mut command = cargo(&libtorch);
+    command.args(["test", "-p", "pt-cli", "--test", "it", "--", "--nocapture"]).arg(filter(INTEROP));
+    command.env("PT_TEST_MODEL", model).env("PT_INTEROP_FOLDER", folder.path());
+    if run_counted(&mut command)? == 0 {
+        bail!("no test ran: none has {} in its name", filter(INTEROP));
+    }
+    let script = generators.join(format!("{INTEROP}.py"));
+    run(Command::new(&python).arg(script).arg(folder.path()).current_dir(workspace()).stdin(Stdio::null()))
 }
 
 /// What the names of an area's tests contain; a test below sees to it that each area has some.
@@ -54,8 +82,8 @@ fn write_fixtures(generators: &Path, chosen: &[String]) -> Result<()> {
 /// Generators that read the real model, and are told where it is.
 const READ_SMOLLM2: [&str; 2] = ["smollm2", "tokenizer"];
 
-/// Modules that generators share.
-const HELPERS: [&str; 1] = ["common"];
+/// Modules that generators share, and what is no generator.
+const HELPERS: [&str; 2] = ["common", INTEROP];
 
 /// The generators: every Python file of the folder but the helpers, `models` first, whose files others read.
 fn areas(folder: &Path) -> Result<Vec<String>> {
@@ -73,7 +101,7 @@ fn choose(areas: &[String], area: Option<&str>) -> Result<Vec<String>> {
     match area {
         None => Ok(areas.to_vec()),
         Some(area) if areas.iter().any(|name| name == area) => Ok(vec![area.to_owned()]),
-        Some(area) => bail!("there is no area `{area}`; there are: {}", areas.join(", ")),
+        Some(area) => bail!("there is no area `{area}`; there are: {}, {INTEROP}", areas.join(", ")),
     }
 }
 
@@ -84,7 +112,7 @@ mod tests {
     #[test]
     fn areas_are_the_generators_without_their_helpers() {
         let folder = tempfile::tempdir().unwrap();
-        for name in ["models.py", "lora.py", "common.py", "requirements.txt"] {
+        for name in ["models.py", "lora.py", "common.py", "interop.py", "requirements.txt"] {
             fs::write(folder.path().join(name), "").unwrap();
         }
         let found = areas(folder.path()).unwrap();
@@ -112,7 +140,7 @@ mod tests {
         let areas = areas(&workspace().join("fixtures/generate")).unwrap();
         assert!(areas.len() > 5, "{areas:?}");
         let text = sources(&workspace().join("crates"));
-        for area in areas {
+        for area in areas.into_iter().chain([INTEROP.to_owned()]) {
             let filter = filter(&area);
             let is_found = text.contains(&format!("fn {filter}_")) || text.contains(&format!("mod {filter};"));
             assert!(is_found, "no test is named {filter}_..");

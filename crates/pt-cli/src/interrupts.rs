@@ -22,7 +22,8 @@ pub(crate) fn watch() {
             Some(again) => eprintln!("\ninterrupted; continue with: {again}"),
             None => eprintln!("\ninterrupted"),
         }
-        std::process::exit(130);
+        // Not std::process::exit: libtorch may be computing.
+        pt_tensor::exit_now(130);
     };
     // A second run in one process keeps the first handler, which does the same.
     let _ = ctrlc::set_handler(handler);

@@ -153,7 +153,7 @@ impl Work {
         if !is_terminal() && self.last_line.elapsed() >= Duration::from_secs(10) {
             self.last_line = Instant::now();
             let total = self.bar.length().unwrap_or(0);
-            eprintln!("{}: {}/{total}  {}", self.what, self.bar.position(), self.note);
+            eprintln!("{}", format!("{}: {}/{total}  {}", self.what, self.bar.position(), self.note).trim_end());
         }
     }
 

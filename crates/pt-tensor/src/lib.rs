@@ -35,7 +35,7 @@ mod weight;
 pub use attention::{AttentionPlan, Segment, packed_attention};
 pub use checkpoint::checkpoint;
 pub use decode_attention::{CacheSlot, decode_attention};
-pub use device::{ComputeKind, parse_device, parse_kind, peak_memory_bytes};
+pub use device::{ComputeKind, exit_now, parse_device, parse_kind, peak_memory_bytes};
 pub use error::{Result, TensorError};
 pub use fused::{apply_rotary, rms_norm, swiglu};
 pub use label_logprobs::{LabelLogprobs, LabelOutput, label_logprobs};

@@ -9,8 +9,13 @@ pub(crate) struct Workshop {
 
 impl Workshop {
     pub(crate) fn new() -> Self {
+        Self::of("llama")
+    }
+
+    /// With another of the models under `fixtures/models`.
+    pub(crate) fn of(model: &str) -> Self {
         let workshop = Self { folder: tempfile::tempdir().unwrap() };
-        let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../fixtures/models/llama/model");
+        let source = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("../../fixtures/models/{model}/model"));
         std::fs::create_dir(workshop.path("model")).unwrap();
         for name in ["config.json", "generation_config.json", "model.safetensors"] {
             std::fs::copy(source.join(name), workshop.path("model").join(name)).unwrap();

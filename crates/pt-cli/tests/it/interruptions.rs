@@ -116,7 +116,9 @@ fn an_interrupt_before_training_ends_at_once_and_loses_nothing() {
     let row = "{\"prompt\": \"t1 t9 t10\", \"completion\": \" t10\"}\n";
     workshop.write("held_out.jsonl", &row.repeat(4000));
     let args = workshop.sft("run", &["--eval-data", "held_out.jsonl", "--samples", "4000"]);
-    let mut child = workshop.command(&args).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
+    // With libtorch's threads at work, whose ground must not be taken away.
+    let mut command = workshop.command(&args);
+    let mut child = command.env("OMP_NUM_THREADS", "4").stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
     let mut lines = BufReader::new(child.stderr.take().unwrap()).lines().map(Result::unwrap);
     lines.by_ref().find(|line| line.starts_with("answers before training")).unwrap();
     let asked = Instant::now();

@@ -4,6 +4,7 @@
 mod bad_input;
 mod commands;
 mod common;
+mod interop;
 #[cfg(unix)]
 mod interruptions;
 mod runs;
