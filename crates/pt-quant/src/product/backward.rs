@@ -57,7 +57,7 @@ impl Block4Matrix {
         let round = options.arithmetic == Arithmetic::Bf16;
         let Workspace { product, slots, .. } = workspace;
         // Pairs of rows have no partner for the last of an odd number.
-        let pairs = kernels.backward_bf16.filter(|_| round && num_rows % 2 == 0 && self.is_tiled());
+        let pairs = kernels.backward_bf16.filter(|_| round && num_rows.is_multiple_of(2) && self.is_tiled());
         let (dy_f32, dy_bf16): (&[f32], &[u16]) = match pairs {
             Some(_) => (&[], as_bf16_bits(dy, &mut product.x_bf16)),
             None => (as_f32(dy, &mut product.x_f32, round), &[]),

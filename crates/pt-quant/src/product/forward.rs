@@ -327,6 +327,9 @@ pub(super) fn decode_flat(weights: &Block4Ref<'_>, start: usize, out: &mut [f32]
     }
 }
 
+/// Adds what some rows and columns of the weight give to the sums of a block.
+type AddPanel<'a> = &'a (dyn Fn(Range<usize>, Range<usize>, &mut Slot, &mut [f32]) + Sync);
+
 /// Many rows: panels of weights are decoded to the L1 cache and multiplied by the dense kernels.
 fn panels<X: Element, Y: Element>(
     source: &impl PanelSource,
@@ -340,23 +343,22 @@ fn panels<X: Element, Y: Element>(
     let Workspace { tiles_f32, tiles_bf16, slots, .. } = workspace;
     // Small products are cut finer, so that every thread gets a part; a multiple of the rows of a tile.
     let block_rows = BLOCK_ROWS.min(shape.columns.div_ceil(exec.num_threads()).next_multiple_of(12));
-    let each =
-        |slots: &mut [Slot], y: &mut [Y], add: &(dyn Fn(Range<usize>, Range<usize>, &mut Slot, &mut [f32]) + Sync)| {
-            exec.for_each_columns((y, shape.columns), block_rows, slots, |first, mut block: Columns<'_, Y>, slot| {
-                let rows = first..first + block.len();
-                let mut yt = core::mem::take(&mut slot.yt);
-                let sums = grown(&mut yt, rows.len() * padded_rows);
-                sums.fill(0.0);
-                for start in (0..shape.depth).step_by(BLOCK_DEPTH) {
-                    add(rows.clone(), start..shape.depth.min(start + BLOCK_DEPTH), slot, sums);
-                }
-                for m in 0..block.num_rows() {
-                    let y = block.row(m).iter_mut().zip(sums[m..].iter().step_by(padded_rows));
-                    y.enumerate().for_each(|(n, (y, sum))| store.part(first + n, core::slice::from_mut(y), &[*sum]));
-                }
-                slot.yt = yt;
-            });
-        };
+    let each = |slots: &mut [Slot], y: &mut [Y], add: AddPanel<'_>| {
+        exec.for_each_columns((y, shape.columns), block_rows, slots, |first, mut block: Columns<'_, Y>, slot| {
+            let rows = first..first + block.len();
+            let mut yt = core::mem::take(&mut slot.yt);
+            let sums = grown(&mut yt, rows.len() * padded_rows);
+            sums.fill(0.0);
+            for start in (0..shape.depth).step_by(BLOCK_DEPTH) {
+                add(rows.clone(), start..shape.depth.min(start + BLOCK_DEPTH), slot, sums);
+            }
+            for m in 0..block.num_rows() {
+                let y = block.row(m).iter_mut().zip(sums[m..].iter().step_by(padded_rows));
+                y.enumerate().for_each(|(n, (y, sum))| store.part(first + n, core::slice::from_mut(y), &[*sum]));
+            }
+            slot.yt = yt;
+        });
+    };
     if source.is_bf16() {
         let tiles = pack::tiles_bf16(x, shape, kernels.lanes, tiles_bf16, exec);
         each(slots, y, &|rows, depths, slot, yt| {

@@ -87,7 +87,7 @@ impl Block4Matrix {
         let len = out_features.checked_mul(in_features).ok_or(overflow)?;
         check_len("source", source.len(), len)?;
         let block_size = source.block_size();
-        let storage = if len > 0 && in_features % GROUP == 0 && block_size.get() % GROUP == 0 {
+        let storage = if len > 0 && in_features.is_multiple_of(GROUP) && block_size.get().is_multiple_of(GROUP) {
             let groups_per_row = in_features / GROUP;
             let num_groups = out_features.div_ceil(TILE_ROWS) * groups_per_row;
             let scales = match scale_format {
@@ -341,9 +341,9 @@ fn fill_scales<T: Send>(
     exec.for_each_chunk(out, scales.groups * tiles_per_task, |index, out| {
         for (offset, out) in out.chunks_exact_mut(scales.groups).enumerate() {
             let first = (index * tiles_per_task + offset) * TILE_ROWS;
-            for row in 0..TILE_ROWS.min(num_rows - first) {
+            (0..TILE_ROWS.min(num_rows - first)).for_each(|row| {
                 scales.of_row(first + row, |group, scale| out[group][row] = convert(scale));
-            }
+            });
         }
     });
 }

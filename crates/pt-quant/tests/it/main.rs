@@ -6,3 +6,4 @@ mod block4;
 mod files;
 mod golden_quant;
 mod guard;
+mod product;

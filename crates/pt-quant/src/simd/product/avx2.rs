@@ -9,6 +9,9 @@
 //! Two rows at a time, since their tables take 4 of 16 registers. There is no bf16 dot product: tables are rounded to bf16 and the rest is
 //! f32. Integers: products of unsigned and signed bytes would saturate with the biased codes, so the sign of the code goes to the activation.
 
+// Arrays of registers are read best by index, several at once.
+#![allow(clippy::needless_range_loop)]
+
 use core::arch::x86_64::*;
 
 use super::{

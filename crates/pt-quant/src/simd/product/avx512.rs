@@ -15,6 +15,9 @@
 //!
 //! Up to 5 rows of activations take all 4 rows of a tile at once, in 20 accumulators: each code is looked up once for all of them.
 
+// Arrays of registers are read best by index, several at once.
+#![allow(clippy::needless_range_loop)]
+
 use core::arch::x86_64::*;
 
 use super::{
@@ -221,8 +224,7 @@ const AHEAD: usize = 40;
 fn prefetch<const PAIRS: usize>(codes: *const Group, group: usize, part: usize) {
     let codes = codes.wrapping_add(group).cast::<i8>();
     for pair in 0..PAIRS {
-        // SAFETY: a prefetch reads nothing that the program could see, and faults nowhere.
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(codes.wrapping_add(GROUP * (part + pair))) };
+        _mm_prefetch::<_MM_HINT_T0>(codes.wrapping_add(GROUP * (part + pair)));
     }
 }
 

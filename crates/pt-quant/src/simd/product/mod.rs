@@ -141,6 +141,9 @@ pub(crate) type Forward<T> = fn(&Tiles<'_>, &Table, &Rows<'_, T>, acc: &mut [f32
 /// As [`Forward`] with integers; the last argument is scratch of `rows · groups.len`.
 pub(crate) type ForwardInt8 = fn(&Tiles<'_>, &Int8Table, &Int8Rows<'_>, acc: &mut [f32], scratch: &mut Sums);
 
+/// `sums[m] += Σ_n dy[m, n] · panel[n]` for a panel of some rows and one group of the matrix.
+pub(crate) type Backward<W, T> = fn(panel: &[[W; GROUP]], dy: &Rows<'_, T>, sums: &mut [[f32; GROUP]]);
+
 /// Puts activations in the order that a product wants, within each group.
 pub(crate) type Order<T> = fn(&[T], &mut [T]);
 
@@ -168,11 +171,10 @@ pub(crate) struct Kernels {
     pub(crate) panel_bf16: fn(&Tiles<'_>, &Table, &mut [u32]),
     /// The weights of one group as bf16, the numbers of two neighbouring rows in an element, the first in the low half: `[num_tiles · 2, 64]`.
     pub(crate) panel_row_pairs: fn(&Tiles<'_>, &Table, &mut [[u32; GROUP]]),
-    /// `sums[m] += Σ_n dy[m, n] · panel[n]`
-    pub(crate) backward_f32: fn(&[[f32; GROUP]], &Rows<'_, f32>, &mut [[f32; GROUP]]),
+    pub(crate) backward_f32: Backward<f32, f32>,
     /// As `backward_f32`, with a panel of row pairs; without it, `backward_f32` does.
-    pub(crate) backward_bf16: Option<fn(&[[u32; GROUP]], &Rows<'_, u16>, &mut [[f32; GROUP]])>,
-    /// Two rows of 64 codes each, bitsandbytes' bytes, to half a group, for each of the pairs `(first, second, half of a group)`.
+    pub(crate) backward_bf16: Option<Backward<u32, u16>>,
+    /// Four rows of bitsandbytes' bytes to the groups of a tile.
     pub(crate) tile_rows: fn(&[&[u8]; TILE_ROWS], &mut [Group]),
     /// The inverse of `tile_rows`.
     pub(crate) untile_rows: fn(&[Group], &mut [&mut [u8]; TILE_ROWS]),

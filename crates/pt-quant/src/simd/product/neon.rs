@@ -8,11 +8,14 @@
 //! A table of 16 bytes is what one lookup takes. Tables rounded to bf16 need two planes only. Integers are signed here: the dot-product instruction
 //! takes two signed operands, and without it products widen to 16 bits.
 
+// Arrays of registers are read best by index, several at once.
+#![allow(clippy::needless_range_loop)]
+
 use core::arch::aarch64::*;
 
 use super::{
-    GROUP, Int8Rows, Int8Table, Kernels, Rows, Sums, TILE_ROWS, Table, Tiles, check_backward, check_forward, check_int8,
-    check_panel, scalar,
+    GROUP, Int8Rows, Int8Table, Kernels, Rows, Sums, TILE_ROWS, Table, Tiles, check_backward, check_forward,
+    check_int8, check_panel, scalar,
 };
 
 const MAX_ROWS: usize = 4;
