@@ -116,7 +116,14 @@ fn a_state_that_does_not_fit_the_tensors_is_refused() {
 /// Random bytes, and damaged copies of a good state: whatever comes, an answer. `PT_FUZZ_SECONDS` makes it longer; what once failed stands first.
 #[test]
 fn any_bytes_as_a_state_get_an_answer() {
-    const REGRESSIONS: [&[u8]; 4] = [b"", b"{\"shape\": [1e400]}", b"{\"quant_type\": \"\\ud800\"}", &[0xff; 300]];
+    const REGRESSIONS: [&[u8]; 5] = [
+        b"",
+        b"{\"shape\": [1e400]}",
+        b"{\"quant_type\": \"\\ud800\"}",
+        &[0xff; 300],
+        // An offset beyond f32 was read as infinity, which JSON cannot say.
+        b"{\"quant_type\": \"nf4\", \"blocksize\": 64, \"dtype\": \"bfloat16\", \"shape\": [150, 128], \"nested_blocksize\": 256, \"nested_dtype\": \"float32\", \"nested_offset\": 0.0528751e308}",
+    ];
     for bytes in REGRESSIONS {
         assert!(QuantState::parse("w", bytes).is_err());
     }

@@ -136,11 +136,12 @@ impl QuantState {
         let shape = shape.ok_or_else(|| fields.wrong("shape", dimensions))?;
         let nested = if object.keys().any(|key| key.starts_with("nested_")) {
             fields.one_of("nested_dtype", ["float32"], |name| name, "\"float32\"")?;
-            let number = "a number";
+            let number = "a number that f32 holds";
+            let offset = fields.get("nested_offset", number)?.as_f64().map(|offset| offset as f32);
             let offset =
-                fields.get("nested_offset", number)?.as_f64().ok_or_else(|| fields.wrong("nested_offset", number))?;
+                offset.filter(|offset| offset.is_finite()).ok_or_else(|| fields.wrong("nested_offset", number))?;
             let block_size = block_size("nested_blocksize", "a power of two from 32 to 4096")?;
-            Some(NestedState { block_size, offset: offset as f32 })
+            Some(NestedState { block_size, offset })
         } else {
             None
         };
@@ -294,6 +295,7 @@ mod tests {
             ("256", "0", "nested_blocksize"),
             (r#""nested_dtype": "float32", "#, "", "nested_dtype"),
             ("0.05287516117095947", "null", "nested_offset"),
+            ("0.05287516117095947", "1e39", "nested_offset"),
         ] {
             let bad = GOOD.replacen(from, to, 1);
             match QuantState::parse("w", bad.as_bytes()) {
