@@ -2,13 +2,14 @@
 
 use alloc::string::ToString;
 
-use super::forward::{Arithmetic, ProductOptions, decode_flat};
+use super::flat::Flat;
+use super::forward::{Arithmetic, ProductOptions};
 use super::matrix::{Block4Matrix, Storage};
 use super::{SlotScratch, as_bf16_bits, as_f32, grown_aligned};
 use crate::dense::{Output, Workspace};
 use crate::error::check_len;
 use crate::simd::product::{self, GROUP, Rows};
-use crate::{Bf16, Element, Exec, QuantError};
+use crate::{Bf16, Element, Exec, Inline, QuantError};
 
 /// Rows of the weight in a panel: 16 KiB of f32.
 const PANEL_ROWS: usize = 64;
@@ -97,8 +98,10 @@ impl Block4Matrix {
                                 let panel = grown_aligned(panel_f32, panel_rows.len() * GROUP);
                                 let panel = panel.as_chunks_mut::<GROUP>().0;
                                 let len = GROUP.min(columns - index * GROUP);
+                                let exec = exec.with_pool(&Inline);
+                                let flat = Flat { weights: block4.as_ref(), depth: columns, is_bf16: round, exec };
                                 for (row, out) in panel_rows.clone().zip(panel.iter_mut()) {
-                                    decode_flat(&block4.as_ref(), row * columns + index * GROUP, &mut out[..len]);
+                                    flat.decode(row * columns + index * GROUP, &mut out[..len]);
                                     if round {
                                         out[..len].iter_mut().for_each(|w| *w = Bf16::from_f32(*w).to_f32());
                                     }

@@ -3,6 +3,7 @@
 use alloc::vec::Vec;
 use core::ops::Range;
 
+use super::flat::Flat;
 use super::matrix::{Block4Matrix, Storage, Tiled};
 use super::{Scratch, SlotScratch, as_bf16_bits, as_f32, grown_aligned, grown_with};
 use crate::dense::{BLOCK_DEPTH, BLOCK_ROWS, GemmShape, Output, Slot, Workspace, grown, pack};
@@ -10,12 +11,12 @@ use crate::error::check_len;
 use crate::exec::Columns;
 use crate::simd::dense::{self, Panel};
 use crate::simd::product::{self, Forward, GROUP, Int8Group, Int8Rows, Kernels, Order, Rows, TILE_ROWS};
-use crate::{Block4Ref, Element, Exec, QuantError};
+use crate::{Element, Exec, Inline, QuantError};
 
 /// In which numbers a product is computed. Sums are in f32 in all of them.
 ///
-/// With u = 2^-24, K the length of a row and w = code · absmax in f32, as dequantizing gives it, an output y is within these
-/// bounds of the exact sum over its row:
+/// The bounds are those of an output y against the exact sum over its row, with u = 2^-24, K the length of the row and w = code · absmax in f32, as
+/// dequantizing gives it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Arithmetic {
     /// Activations and weights in f32: |y - Σ w·x| ≤ 2(K + 2)·u·Σ|w·x|.
@@ -24,9 +25,9 @@ pub enum Arithmetic {
     /// Activations and weights rounded to bf16, as if dequantized to it: with those, |y - Σ w·x| ≤ 2(K + 2)·u·Σ|w·x|. With
     /// [`Isa::Avx512Bf16`](crate::Isa::Avx512Bf16) numbers under 2^-126 count as zero.
     Bf16,
-    /// Activations as integers from -127 to 127 with a scale for each 64, codes as integers of the same range: W4A8. Each group of 64 adds at
-    /// most absmax·(e·Σ|x| + 64·(c + e)·s/2) to the error, with s = max|x| / 127 of the group, c the largest magnitude of the codebook
-    /// and e the largest error of its integers (NF4: under 0.0045); sums are exact within a group. Weights, not activations, may be in any range. A group of
+    /// Activations as integers from -127 to 127 with a scale for each 64 of them, codes as integers of the same range: W4A8. Besides the bound of
+    /// [`F32`](Self::F32), each group of 64 adds at most absmax·(e·Σ|x| + 64·(c + e)·s/2) to the error, with s = max|x| / 127 of the group, c the largest
+    /// magnitude of the codebook and e the largest error of its integers (NF4: under 0.0045). Sums are exact within a group. A group of
     /// activations that are not all finite gives NaN. A matrix that is not [tiled](Block4Matrix::is_tiled) is computed in f32.
     Int8,
 }
@@ -62,7 +63,7 @@ impl Activations<'_> {
 }
 
 /// Writes sums to outputs: adds the bias, rounds to the output's format.
-struct Store<'a> {
+pub(super) struct Store<'a> {
     bias: Option<&'a [f32]>,
     output: Output,
 }
@@ -70,7 +71,7 @@ struct Store<'a> {
 impl Store<'_> {
     /// Some columns of a row, from column `first` on.
     #[inline]
-    fn part<Y: Element>(&self, first: usize, y: &mut [Y], sums: &[f32]) {
+    pub(super) fn part<Y: Element>(&self, first: usize, y: &mut [Y], sums: &[f32]) {
         let pairs = y.iter_mut().zip(sums);
         match (self.output, self.bias.map(|bias| &bias[first..])) {
             (Output::Replace, None) => pairs.for_each(|(y, sum)| *y = Y::from_f32(*sum)),
@@ -118,9 +119,13 @@ impl Block4Matrix {
         let is_bf16 = options.arithmetic == Arithmetic::Bf16;
         match self.storage() {
             Storage::Flat(block4) => {
-                let weights = block4.as_ref();
-                let panel = |kind| FlatPanel { weights, depth: shape.depth, kind };
-                panels(&panel(is_bf16), x, (y, shape, store), workspace, exec);
+                let flat =
+                    Flat { weights: block4.as_ref(), depth: shape.depth, is_bf16, exec: exec.with_pool(&Inline) };
+                if (1..=dense::MAX_DOTS).contains(&rows) && shape.depth > 0 {
+                    flat.few_rows(x, (y, shape, store), workspace, exec);
+                } else {
+                    panels(&flat, x, (y, shape, store), workspace, exec);
+                }
             }
             Storage::Tiled(tiled)
                 if options.arithmetic != Arithmetic::Int8
@@ -243,7 +248,7 @@ fn ordered<'a, T: Copy + Default>(x: &'a [T], order: Option<Order<T>>, buffer: &
 }
 
 /// Where the weights of many rows' products come from, a panel at a time.
-trait PanelSource: Sync {
+pub(super) trait PanelSource: Sync {
     fn is_bf16(&self) -> bool;
 
     /// The weights of some rows and columns, `[rows (rounded up to whole tiles), columns]`, in f32.
@@ -275,55 +280,6 @@ impl PanelSource for TiledPanel<'_> {
         let tiles = self.tiled.tiles(rows, columns.start / GROUP..columns.end / GROUP, &mut slot.scales);
         let out = grown(out, tiles.num_tiles() * TILE_ROWS * columns.len() / 2);
         (self.kernels.panel_bf16)(&tiles, &self.matrix.table(true), out);
-    }
-}
-
-struct FlatPanel<'a> {
-    weights: Block4Ref<'a>,
-    depth: usize,
-    kind: bool,
-}
-
-impl PanelSource for FlatPanel<'_> {
-    fn is_bf16(&self) -> bool {
-        self.kind
-    }
-
-    fn decode_f32(&self, rows: Range<usize>, columns: Range<usize>, _: &mut SlotScratch, out: &mut Vec<f32>) {
-        let out = grown(out, rows.len() * columns.len());
-        for (row, out) in rows.zip(out.chunks_exact_mut(columns.len())) {
-            decode_flat(&self.weights, row * self.depth + columns.start, out);
-        }
-    }
-
-    fn decode_bf16(&self, rows: Range<usize>, columns: Range<usize>, _: &mut SlotScratch, out: &mut Vec<u32>) {
-        let len = columns.len().div_ceil(2);
-        let out = grown(out, rows.len() * len);
-        let mut weights = [0f32; BLOCK_DEPTH];
-        let weights = &mut weights[..columns.len()];
-        for (row, out) in rows.zip(out.chunks_exact_mut(len)) {
-            decode_flat(&self.weights, row * self.depth + columns.start, weights);
-            let bits = |value: f32| u32::from(crate::Bf16::from_f32(value).0);
-            for (out, pair) in out.iter_mut().zip(weights.chunks(2)) {
-                *out = bits(pair[0]) | pair.get(1).map_or(0, |high| bits(*high) << 16);
-            }
-        }
-    }
-}
-
-/// The weights from `start` on.
-pub(super) fn decode_flat(weights: &Block4Ref<'_>, start: usize, out: &mut [f32]) {
-    let (values, packed, block_size) = (weights.codebook().values(), weights.packed(), weights.block_size().get());
-    let mut done = 0;
-    while done < out.len() {
-        let first = start + done;
-        let absmax = weights.absmax().get(first / block_size).unwrap_or(0.0);
-        let len = (block_size - first % block_size).min(out.len() - done);
-        for (offset, out) in out[done..done + len].iter_mut().enumerate() {
-            let index = first + offset;
-            *out = values[usize::from(packed[index / 2] >> (4 * (1 - index % 2)) & 15)] * absmax;
-        }
-        done += len;
     }
 }
 

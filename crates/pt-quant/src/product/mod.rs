@@ -1,6 +1,7 @@
 //! Products with 4-bit matrices: [`Block4Matrix`] holds one in the order that the kernels read, and multiplies it.
 
 mod backward;
+mod flat;
 mod forward;
 mod matrix;
 #[cfg(test)]
@@ -40,6 +41,8 @@ pub(crate) struct SlotScratch {
     /// Sums of the backward product.
     columns: Vec<f32>,
     panel_f32: Vec<f32>,
+    /// Weights of a matrix that is not in tiles.
+    decoded_bf16: Vec<Bf16>,
     panel_pairs: Vec<u32>,
 }
 

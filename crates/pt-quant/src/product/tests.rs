@@ -111,7 +111,8 @@ fn check(rows: usize, columns: usize, depth: usize, block_size: usize, seed: u32
     for isa in Isa::available() {
         let exec = Exec::single().with_isa(isa).unwrap();
         let matrix = Block4Matrix::from_block4(block4.as_ref(), columns, depth, ScaleFormat::F32, &exec).unwrap();
-        assert_eq!(matrix.is_tiled(), columns * depth > 0 && depth % 64 == 0 && block_size.get() % 64 == 0);
+        let whole = depth.is_multiple_of(64) && block_size.get().is_multiple_of(64);
+        assert_eq!(matrix.is_tiled(), columns * depth > 0 && whole);
         assert_eq!(matrix.to_block4(&exec), block4, "{isa}: the codes and scales are those that were put in");
         for arithmetic in ALL {
             let what = alloc::format!("{isa} {arithmetic:?} {rows}x{columns}x{depth} block {block_size}");
