@@ -5,7 +5,7 @@ use alloc::string::ToString;
 use super::flat::Flat;
 use super::forward::{Arithmetic, ProductOptions};
 use super::matrix::{Block4Matrix, Storage};
-use super::{SlotScratch, as_bf16_bits, as_f32, grown_aligned};
+use super::{SlotScratch, as_bf16_bits, as_f32, grown_aligned, worth_sharing};
 use crate::dense::{Output, Workspace};
 use crate::error::check_len;
 use crate::simd::product::{self, GROUP, Rows};
@@ -52,6 +52,7 @@ impl Block4Matrix {
         if options.bias.is_some() {
             return refused("bias", "given", "none");
         }
+        let exec = &worth_sharing(exec, rows, self.out_features(), self.in_features());
         workspace.reserve_slots(exec);
         let kernels = product::kernels(exec.isa());
         let (num_rows, columns) = (self.out_features(), self.in_features());

@@ -5,7 +5,7 @@ use core::ops::Range;
 
 use super::flat::Flat;
 use super::matrix::{Block4Matrix, Storage, Tiled};
-use super::{Scratch, SlotScratch, as_bf16_bits, as_f32, grown_aligned, grown_with};
+use super::{Scratch, SlotScratch, as_bf16_bits, as_f32, grown_aligned, grown_with, worth_sharing};
 use crate::dense::{BLOCK_DEPTH, BLOCK_ROWS, GemmShape, Output, Slot, Workspace, grown, pack};
 use crate::error::check_len;
 use crate::exec::Columns;
@@ -111,6 +111,7 @@ impl Block4Matrix {
         if let Some(bias) = options.bias {
             check_len("bias", bias.len(), self.out_features())?;
         }
+        let exec = &worth_sharing(exec, rows, self.out_features(), self.in_features());
         workspace.reserve_slots(exec);
         let kernels = product::kernels(exec.isa());
         let store = Store { bias: options.bias, output: options.output };

@@ -14,7 +14,7 @@ pub use matrix::{Block4Matrix, ScaleFormat};
 
 use crate::dense::grown;
 use crate::simd::product::{Int8Group, TILE_ROWS};
-use crate::{Bf16, Element};
+use crate::{Bf16, Element, Exec, Inline};
 
 /// What a call shares among its threads: activations as the kernels want them.
 #[derive(Debug, Default)]
@@ -44,6 +44,14 @@ pub(crate) struct SlotScratch {
     /// Weights of a matrix that is not in tiles.
     decoded_bf16: Vec<Bf16>,
     panel_pairs: Vec<u32>,
+}
+
+/// Multiplications under which a product stays on the calling thread: waking another one takes as long as half of it (5 to 10 µs).
+const MIN_SHARED: usize = 1 << 19;
+
+/// The pool, or the calling thread alone for a product that is too small to share.
+fn worth_sharing<'a>(exec: &Exec<'a>, rows: usize, columns: usize, depth: usize) -> Exec<'a> {
+    if rows.saturating_mul(columns).saturating_mul(depth) < MIN_SHARED { exec.with_pool(&Inline) } else { *exec }
 }
 
 /// The numbers as f32: the slice itself if it is that, else a copy.

@@ -200,6 +200,8 @@ fn products_of_every_number_of_rows() {
 fn larger_products() {
     check(130, 196, 640, 64, 1);
     check(3, 576, 576, 64, 2);
+    // Shared among threads although a single row.
+    check(1, 1030, 576, 64, 3);
 }
 
 /// An input with a single 1 gives a column of the weight.
