@@ -156,7 +156,7 @@ impl Planes {
 unsafe fn codes_of(half: *const u8, row: usize) -> uint8x16_t {
     // SAFETY: the caller's promise.
     let codes = unsafe { vld1q_u8(half) };
-    if row % 2 == 0 { vandq_u8(codes, vdupq_n_u8(15)) } else { vshrq_n_u8::<4>(codes) }
+    if row.is_multiple_of(2) { vandq_u8(codes, vdupq_n_u8(15)) } else { vshrq_n_u8::<4>(codes) }
 }
 
 /// # Safety
