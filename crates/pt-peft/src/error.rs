@@ -151,6 +151,7 @@ impl PeftError {
             Self::Tensor(error) => error.hint(),
             Self::Model(error) => error.hint(),
             Self::NotAnAdapter { hint, .. } => Some(hint.clone()),
+            Self::Json { .. } => Some("the file may be cut off or edited by hand: save it or copy it again".into()),
             Self::Unsupported { .. } => Some(
                 "merge the adapter into its base with Python PEFT (`merge_and_unload`) and load the merged model"
                     .into(),

@@ -195,6 +195,12 @@ pub fn nearest<'a>(name: &str, known: impl IntoIterator<Item = &'a str>) -> Opti
     let plain = |text: &str| text.to_lowercase().replace(['-', '_', ' '], "");
     let wanted = plain(name);
     let score = |candidate: &str| {
+        // `lr` for `learning_rate`: as short as it is, it looks more like other names.
+        if candidate.split('_').count() > 1
+            && candidate.split('_').filter_map(|word| word.chars().next()).eq(wanted.chars())
+        {
+            return 1.0;
+        }
         let candidate = plain(candidate);
         // A name cut short or carried on is meant as often as a slip of the key: `lr_scheduler` for `scheduler`.
         let part = if wanted.len() >= 4

@@ -31,6 +31,21 @@ pub fn write_atomic(path: &Path, bytes: &[u8]) -> Result<()> {
     })
 }
 
+/// That a folder can be made and written to; leaves nothing behind.
+///
+/// # Errors
+/// [`TrainError::Write`].
+pub fn check_place(folder: &Path) -> Result<()> {
+    // The folder itself, or the nearest above it that stands: whatever is to be made will be made in there.
+    let stands = folder.ancestors().find(|folder| folder.symlink_metadata().is_ok());
+    let place = stands.filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    if !place.is_dir() {
+        return Err(TrainError::write(folder)(io::ErrorKind::NotADirectory.into()));
+    }
+    tempfile::tempfile_in(place).map_err(TrainError::write(folder))?;
+    Ok(())
+}
+
 /// Best checkpoint of a run.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Best {
@@ -83,14 +98,7 @@ impl RunDir {
                 return Err(TrainError::RunExists { path: root.to_path_buf(), found: "is not empty" });
             }
         }
-        // The folder itself, or the nearest above it that stands: whatever is to be made will be made in there.
-        let stands = root.ancestors().find(|folder| folder.symlink_metadata().is_ok());
-        let place = stands.filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
-        if !place.is_dir() {
-            return Err(TrainError::write(root)(io::ErrorKind::NotADirectory.into()));
-        }
-        tempfile::tempfile_in(place).map_err(TrainError::write(root))?;
-        Ok(())
+        check_place(root)
     }
 
     /// Opens a run to continue or to read, and removes what an interrupted write left.

@@ -9,6 +9,7 @@ use pt_model::{CausalLm, Pretrained};
 use pt_peft::{Adapter, LoraAdapter};
 use pt_tensor::Kind;
 use pt_tensor::io::create_folder_atomically;
+use pt_train::run_dir::check_place;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
@@ -32,6 +33,7 @@ pub(crate) fn run(args: Args) -> Result<ExitCode> {
         }
         .into());
     }
+    check_place(&args.output)?;
     let adapter = args.model.adapter_folder()?;
     let pretrained = args.model.pretrained()?;
     let kind = if args.model.dtype == "auto" { checkpoint_kind(&pretrained) } else { args.model.kind()? };

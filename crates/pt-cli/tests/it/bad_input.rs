@@ -117,6 +117,7 @@ fn a_missing_data_file_is_named() {
 fn unknown_keys_and_bad_values_are_named_with_near_names() {
     let workshop = Workshop::new();
     sft_refused(&workshop, &["--set", "learning_rat=1"], 2, &["learning_rat", "did you mean `learning_rate`?"]);
+    sft_refused(&workshop, &["--set", "lr=1e-4"], 2, &["did you mean `learning_rate`?"]);
     sft_refused(&workshop, &["--set", "lora.rnk=4"], 2, &["lora.rnk", "did you mean `lora.rank`?"]);
     sft_refused(&workshop, &["--set", "learning_rate=-1"], 2, &["learning_rate is -1"]);
     sft_refused(&workshop, &["--set", "learning_rate=fast"], 2, &["learning_rate=fast"]);
@@ -204,6 +205,9 @@ fn a_folder_without_an_adapter_is_told_what_to_name() {
     let chat = |adapter| ["generate", "--model", "model", "--prompt", "t5", "--adapter", adapter];
     refused(&workshop, &chat("no/adapter"), 1, &["no/adapter: holds no adapter_config.json"]);
     refused(&workshop, &chat("model"), 1, &["model: holds no adapter_config.json", "a run of `pt sft`"]);
+    std::fs::create_dir(workshop.path("torn")).unwrap();
+    workshop.write("torn/adapter_config.json", "{");
+    refused(&workshop, &["inspect", "torn"], 1, &["torn/adapter_config.json: not valid JSON"]);
     let full = ["--set", "lora=null", "--set", "max_steps=1", "--set", "data.max_length=64"];
     let args = ["sft", "--model", "model", "--data", "rows.jsonl", "--output", "full", "--device", "cpu"];
     workshop.stdout(&[&args[..], &full].concat());
@@ -255,6 +259,9 @@ fn an_output_that_cannot_be_written_is_named() {
     workshop.write("taken", "a file");
     refused(&workshop, &workshop.sft("taken/run", &[]), 1, &["cannot write", "taken/run"]);
     refused(&workshop, &workshop.sft("taken", &[]), 1, &["taken", "is a file"]);
+    // Before the model is read.
+    let merge = ["merge", "--model", "no/model", "--output", "taken/merged"];
+    refused(&workshop, &merge, 1, &["cannot write", "taken/merged"]);
     let score = ["score", "--model", "model", "--data", "rows.jsonl", "--output", "no/such/folder/out.jsonl"];
     refused(&workshop, &score, 1, &["no/such/folder/out.jsonl"]);
 }
