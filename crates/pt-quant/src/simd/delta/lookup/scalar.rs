@@ -19,7 +19,7 @@ pub(super) static KERNELS: Kernels = Kernels {
 };
 
 /// All 16 sums of 4 numbers: bit `i` of the index tells whether number `i` is added or taken off.
-fn sums(x: &[f32]) -> [f32; 16] {
+pub(super) fn sums(x: &[f32]) -> [f32; 16] {
     core::array::from_fn(|index| {
         let signed = |at: usize| if index >> at & 1 == 1 { x[at] } else { -x[at] };
         (signed(0) + signed(1)) + (signed(2) + signed(3))
