@@ -72,6 +72,16 @@ impl DynamicMap {
         rank as u8
     }
 
+    pub(crate) fn is_signed(&self) -> bool {
+        self.values[0] < 0.0
+    }
+
+    /// The thresholds above zero of the map of both signs.
+    pub(crate) fn positive_thresholds(&self) -> &[f32; 128] {
+        debug_assert!(self.is_signed());
+        self.thresholds.last_chunk().unwrap_or(&[0.0; 128])
+    }
+
     /// For each cell a code in the upper 8 bits and a threshold in the lower ones: a number whose lowest 16 bits reach it has the code's
     /// neighbour away from zero. Positive numbers first, negative ones from [`NUM_CELLS`] on.
     pub(crate) const fn cells(&self) -> &[u32; 2 * NUM_CELLS] {

@@ -253,10 +253,14 @@ unsafe fn quantize_blocks<T: Load, R: Rank>(
             let mut group = 0;
             // Four blocks at a time: their largest are found side by side.
             while group + 4 <= num_groups {
-                let largest = max_of_each([0, 1, 2, 3].map(|block| {
-                    let x = load(group + block).map(magnitude);
-                    _mm512_max_epu32(_mm512_max_epu32(x[0], x[1]), _mm512_max_epu32(x[2], x[3]))
-                }));
+                let mut largest = [_mm512_setzero_si512(); 4];
+                // A loop, not a `map`: its closure would be called, its vectors passed in memory.
+                for (block, largest) in largest.iter_mut().enumerate() {
+                    let x = load(group + block);
+                    let max = |a, b| _mm512_max_epu32(magnitude(a), magnitude(b));
+                    *largest = _mm512_max_epu32(max(x[0], x[1]), max(x[2], x[3]));
+                }
+                let largest = max_of_each(largest);
                 if _mm_cmpge_epu32_mask(largest, _mm_set1_epi32(0x7f80_0000)) == 0 {
                     let largest = _mm_castsi128_ps(largest);
                     // SAFETY: one scale for each of the four blocks, which `absmax` holds.

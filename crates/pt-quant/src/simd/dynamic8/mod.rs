@@ -63,6 +63,16 @@ mod tests {
                 numbers.push(-f32::from_bits(exponent << 23 | mantissa));
             }
         }
+        // Ends of decades and of octaves, and a sweep of all exponents that matter.
+        for end in (0..8).map(|power| 10f32.powi(-power)) {
+            for ulps in -4i32..=4 {
+                let number = f32::from_bits(end.to_bits().wrapping_add_signed(ulps)).min(1.0);
+                numbers.extend([number, -number]);
+            }
+        }
+        for bits in (100 << 23..=127 << 23).step_by(1009) {
+            numbers.extend([f32::from_bits(bits), -f32::from_bits(bits)]);
+        }
         numbers.chunks(255).flat_map(|chunk| [&[1.0], chunk].concat()).collect()
     }
 
