@@ -33,7 +33,7 @@ const SCALES: usize = 512;
 
 impl Block4Ref<'_> {
     /// All the weights, in `f32`, bf16 or f16: `codebook[code] · absmax`, rounded to nearest even in `f32` and again in a narrower format. Bit for
-    /// bit as bitsandbytes' `dequantize_4bit` (0.50.2, `default` operation: blocks run over the flat tensor).
+    /// bit as bitsandbytes' `dequantize_4bit` (0.50.2, `default` operation: blocks run over the flat tensor), but for the bits of NaN.
     ///
     /// # Errors
     /// [`QuantError::Length`] unless `out` is `[len]`.

@@ -47,6 +47,7 @@ fn around_borders(book: &Codebook, block_size: usize, scale: f32) -> Vec<f32> {
 }
 
 #[test]
+#[cfg_attr(miri, ignore = "takes too long")]
 fn numbers_next_to_a_border_get_the_same_code_everywhere() {
     for book in &BOOKS {
         for block_size in [32, 64, 128, 4096] {
@@ -63,6 +64,7 @@ fn numbers_next_to_a_border_get_the_same_code_everywhere() {
 }
 
 #[test]
+#[cfg_attr(miri, ignore = "takes too long")]
 fn every_16_bit_number_gets_the_same_code_everywhere() {
     let all = |scale: u16| -> Vec<u16> {
         (0..=u16::MAX).flat_map(|bits| if bits % 31 == 0 { vec![scale, bits] } else { vec![bits] }).collect()
@@ -91,6 +93,7 @@ fn every_16_bit_number_gets_the_same_code_everywhere() {
 }
 
 #[test]
+#[cfg_attr(miri, ignore = "takes too long")]
 fn zeros_and_numbers_that_are_not_finite_get_the_same_codes_everywhere() {
     for block_size in [32, 64, 128] {
         for special in [0.0, -0.0, f32::NAN, -f32::NAN, f32::INFINITY, f32::NEG_INFINITY, f32::from_bits(0x7f80_0001)] {
@@ -165,14 +168,49 @@ fn check_dequantize<T: Element + Debug>(pick: impl Fn(&Kernels) -> Dequantize<T>
 }
 
 #[test]
+#[cfg_attr(miri, ignore = "takes too long")]
 fn every_byte_decodes_to_the_same_bits_everywhere() {
     check_dequantize(|kernels| kernels.dequantize_f32, 9.0);
     check_dequantize(|kernels| kernels.dequantize_bf16, Bf16(0x4110));
     check_dequantize(|kernels| kernels.dequantize_f16, F16(0x4880));
 }
 
+/// For Miri above all: few lengths, all kernels, buffers that end where the weights do.
+#[test]
+fn few_lengths_stay_within_their_buffers() {
+    let numbers: Vec<f32> = (0..165).map(|index| (index as f32 * 0.7).sin()).collect();
+    let narrow: Vec<Bf16> = numbers.iter().map(|&number| Bf16::from_f32(number)).collect();
+    let half: Vec<F16> = numbers.iter().map(|&number| F16::from_f32(number)).collect();
+    for len in [0, 1, 31, 64, 97, 128, 165] {
+        check_quantize(|kernels| kernels.quantize_f32, &BOOKS[0], 64, &numbers[..len]);
+        check_quantize(|kernels| kernels.quantize_bf16, &BOOKS[1], 32, &narrow[..len]);
+        // Miri has no conversions of f16 in vectors.
+        if !cfg!(miri) {
+            check_quantize(|kernels| kernels.quantize_f16, &BOOKS[2], 128, &half[..len]);
+        }
+        let (packed, absmax) = quantized(kernels(Isa::Scalar).quantize_f32, &BOOKS[0], 64, &numbers[..len]);
+        let absmax: Vec<f32> = absmax.into_iter().map(f32::from_bits).collect();
+        for isa in Isa::available() {
+            // Nor has it the fence after streamed stores.
+            for stream in if cfg!(miri) { vec![false] } else { vec![false, true] } {
+                let kernels = kernels(isa);
+                let (mut f32s, mut bf16s, mut f16s) = (vec![0f32; len], vec![Bf16(0); len], vec![F16(0); len]);
+                (kernels.dequantize_f32)(BOOKS[0].values(), &packed, &absmax, 64, &mut f32s, stream);
+                (kernels.dequantize_bf16)(BOOKS[0].values(), &packed, &absmax, 64, &mut bf16s, stream);
+                let dequantize_f16 =
+                    if cfg!(miri) { super::kernels(Isa::Scalar).dequantize_f16 } else { kernels.dequantize_f16 };
+                dequantize_f16(BOOKS[0].values(), &packed, &absmax, 64, &mut f16s, stream);
+                for ((f32, bf16), f16) in f32s.iter().zip(bf16s).zip(f16s) {
+                    assert_eq!((Bf16::from_f32(*f32), F16::from_f32(*f32)), (bf16, f16), "{isa}");
+                }
+            }
+        }
+    }
+}
+
 /// Rounding from the table's products to bf16 and f16: every upper half of an `f32` with the lower halves that decide.
 #[test]
+#[cfg_attr(miri, ignore = "takes too long")]
 fn every_rounding_is_the_same_everywhere() {
     let packed: Vec<u8> = (0..16u8).map(|code| code << 4 | (15 - code)).collect();
     for high in 0..=0xffffu32 {

@@ -70,7 +70,7 @@ mod tests {
                 numbers.extend([number, -number]);
             }
         }
-        for bits in (100 << 23..=127 << 23).step_by(1009) {
+        for bits in (100 << 23..=127 << 23).step_by(if cfg!(miri) { 1 << 20 } else { 1009 }) {
             numbers.extend([f32::from_bits(bits), -f32::from_bits(bits)]);
         }
         numbers.chunks(255).flat_map(|chunk| [&[1.0], chunk].concat()).collect()
@@ -106,7 +106,9 @@ mod tests {
             let run = |isa: Isa| {
                 let mut out = vec![9.0; codes.len()];
                 (kernels(isa).dequantize)(DynamicMap::signed().values(), &codes, &absmax, 256, &mut out);
-                out.into_iter().map(f32::to_bits).collect::<Vec<_>>()
+                // Miri gives NaN any bits, as the language allows.
+                let is_any = |value: f32| cfg!(miri) && value.is_nan();
+                out.into_iter().map(|value| if is_any(value) { 1 } else { value.to_bits() }).collect::<Vec<_>>()
             };
             for isa in Isa::available() {
                 assert_eq!(run(isa), run(Isa::Scalar), "{isa}");
