@@ -36,7 +36,9 @@ impl BitMatrix {
                 for row in 0..words.len() / words_per_row {
                     let half = |half: usize| {
                         let line = 2 * word + half;
-                        let bits = mask.get(line * out_features + block * BLOCK_ROWS + row).filter(|_| line < in_features / 32);
+                        let bits = mask
+                            .get(line * out_features + block * BLOCK_ROWS + row)
+                            .filter(|_| line < in_features / 32);
                         u64::from(bits.map_or(0, |bits| bits.cast_unsigned()))
                     };
                     words[row * words_per_row + word] = half(0) | half(1) << 32;

@@ -47,11 +47,7 @@ fn apply<T: Bits>(weights: &mut [T], changes: &[T]) {
 }
 
 /// Calls `part(range of a row, words, scale)` for the parts of a row that have one scale.
-fn for_each_scale(
-    delta: BitDeltaRef<'_>,
-    row: usize,
-    mut part: impl FnMut(core::ops::Range<usize>, &[u64], f32),
-) {
+fn for_each_scale(delta: BitDeltaRef<'_>, row: usize, mut part: impl FnMut(core::ops::Range<usize>, &[u64], f32)) {
     let (words, in_features) = (delta.signs.row(row), delta.signs.in_features());
     match delta.scale {
         DeltaScale::Matrix(scale) => part(0..in_features, words, scale),

@@ -108,8 +108,7 @@ fn forward_is_within_its_bound_of_f64() {
                     let options = DeltaOptions { arithmetic, output: Output::Replace };
                     matrix.forward(&x, &mut y, rows, options, &mut workspace, &exec).unwrap();
                     for row in 0..rows {
-                        let x: Vec<f64> =
-                            x[row * in_features..][..in_features].iter().map(|x| f64::from(*x)).collect();
+                        let x: Vec<f64> = x[row * in_features..][..in_features].iter().map(|x| f64::from(*x)).collect();
                         for output in 0..out_features {
                             let exact: f64 =
                                 x.iter().enumerate().map(|(k, x)| x * weight(delta.as_ref(), output, k)).sum();

@@ -3,7 +3,9 @@
 #![allow(clippy::unwrap_used)]
 
 mod block4;
+mod delta;
 mod files;
+mod golden_delta;
 mod golden_quant;
 mod guard;
 mod product;

@@ -60,7 +60,13 @@ impl DeltaMatrix {
             };
             let is_shared = self.scale_axis() != ScaleAxis::Group128;
             let tables = is_shared.then(|| {
-                shared.build(kernels, options.arithmetic, (count, num_lines), |row, numbers| fill(0, row, numbers), exec)
+                shared.build(
+                    kernels,
+                    options.arithmetic,
+                    (count, num_lines),
+                    |row, numbers| fill(0, row, numbers),
+                    exec,
+                )
             });
             let scale = match self.scale() {
                 TiledScale::Matrix(scale) => *scale,
@@ -80,7 +86,8 @@ impl DeltaMatrix {
                     tables
                 } else {
                     let fill = |row: usize, numbers: &mut [f32]| fill(first / (GROUP * LINE), row, numbers);
-                    own_tables = own.build(kernels, options.arithmetic, (count, num_lines), fill, &exec.with_pool(&Inline));
+                    own_tables =
+                        own.build(kernels, options.arithmetic, (count, num_lines), fill, &exec.with_pool(&Inline));
                     &own_tables
                 };
                 let sums = filled(sums, num_tiles * count, [0.0; TILE]);

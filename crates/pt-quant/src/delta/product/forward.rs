@@ -4,9 +4,9 @@ use alloc::string::ToString;
 
 use super::tables::{TableRows, rows_at_once};
 use super::{DeltaOptions, DeltaWorkspace, Slot, filled, multiply, task_len};
-use crate::dense::Output;
 use crate::delta::DeltaMatrix;
 use crate::delta::matrix::TiledScale;
+use crate::dense::Output;
 use crate::error::check_len;
 use crate::exec::Columns;
 use crate::simd::delta::lookup::{self, Kernels, Rows, Sums, TILE};

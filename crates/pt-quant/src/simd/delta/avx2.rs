@@ -85,10 +85,7 @@ impl Vector for F16 {
     unsafe fn store<const STREAM: bool>(to: *mut Self, values: __m256) {
         // SAFETY: the caller's promise: 16 bytes.
         unsafe {
-            store_half::<STREAM>(
-                to.cast(),
-                _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(values),
-            );
+            store_half::<STREAM>(to.cast(), _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(values));
         }
     }
 }

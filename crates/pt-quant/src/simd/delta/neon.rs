@@ -143,7 +143,8 @@ unsafe fn pack_group<T: Vector>(base: *const T, fine_tuned: *const T, words: &mu
             let mut masks = [vdupq_n_u32(0); 4];
             for (part, (mask, lanes)) in masks.iter_mut().zip(&mut lanes).enumerate() {
                 // SAFETY: the caller's promise: `at + 16 <= GROUP`.
-                let delta = unsafe { vsubq_f32(T::load(fine_tuned.add(at + 4 * part)), T::load(base.add(at + 4 * part))) };
+                let delta =
+                    unsafe { vsubq_f32(T::load(fine_tuned.add(at + 4 * part)), T::load(base.add(at + 4 * part))) };
                 *mask = vmvnq_u32(vcltzq_f32(delta));
                 *lanes = vaddq_f32(*lanes, vabsq_f32(delta));
             }

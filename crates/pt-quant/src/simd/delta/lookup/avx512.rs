@@ -18,15 +18,8 @@ use super::{
 
 const F32_LEN: usize = 32;
 
-pub(super) static KERNELS: Kernels = Kernels {
-    f32_len: F32_LEN,
-    build_f32,
-    forward_f32,
-    build_integers,
-    forward_one,
-    forward_two,
-    transpose,
-};
+pub(super) static KERNELS: Kernels =
+    Kernels { f32_len: F32_LEN, build_f32, forward_f32, build_integers, forward_one, forward_two, transpose };
 
 /// The signs of the numbers in a table of 16 sums, and what they multiply.
 #[derive(Clone, Copy)]
@@ -445,8 +438,10 @@ unsafe fn transpose_lines(from: &[Line; 8], to: &mut [Line; 8]) {
         });
         for parity in 0..2 {
             let [a, b, c, d] = [pair[0][parity], pair[1][parity], pair[2][parity], pair[3][parity]];
-            let (ab_even, ab_odd) = (_mm512_shuffle_i64x2::<0b10_00_10_00>(a, b), _mm512_shuffle_i64x2::<0b11_01_11_01>(a, b));
-            let (cd_even, cd_odd) = (_mm512_shuffle_i64x2::<0b10_00_10_00>(c, d), _mm512_shuffle_i64x2::<0b11_01_11_01>(c, d));
+            let (ab_even, ab_odd) =
+                (_mm512_shuffle_i64x2::<0b10_00_10_00>(a, b), _mm512_shuffle_i64x2::<0b11_01_11_01>(a, b));
+            let (cd_even, cd_odd) =
+                (_mm512_shuffle_i64x2::<0b10_00_10_00>(c, d), _mm512_shuffle_i64x2::<0b11_01_11_01>(c, d));
             let octets = [
                 _mm512_shuffle_i64x2::<0b10_00_10_00>(ab_even, cd_even),
                 _mm512_shuffle_i64x2::<0b10_00_10_00>(ab_odd, cd_odd),

@@ -2,8 +2,8 @@
 //! tables differ in the order of their sums.
 
 use super::{
-    GROUP, Integers, Kernels, LINE, Line, Out, Rows, Sums, TILE, Tiles, check_build_integers,
-    check_forward, check_integers, position, steps_of,
+    GROUP, Integers, Kernels, LINE, Line, Out, Rows, Sums, TILE, Tiles, check_build_integers, check_forward,
+    check_integers, position, steps_of,
 };
 
 const F32_LEN: usize = 32;
