@@ -8,7 +8,7 @@ use crate::talk;
 use anyhow::{Context, Result, bail};
 use pt_model::{Bare, CausalLm, Pretrained, Sites};
 use pt_peft::{Adapter, LoraAdapter};
-use pt_tensor::{Device, Kind};
+use pt_tensor::{Device, Kind, Tensor};
 use pt_train::config::{flatten, to_yaml};
 use pt_train::data::{Preflight, PreflightSummary, PromptGroup, Row, overlap, preflight};
 use pt_train::encoder::ModelEncoder;
@@ -355,9 +355,7 @@ pub(crate) fn save_model(
     model: &CausalLm,
     max_shard_bytes: usize,
 ) -> pt_train::Result<()> {
-    std::fs::create_dir_all(folder).map_err(|source| pt_tensor::TensorError::Write { path: folder.into(), source })?;
     let parameters = model.named_parameters()?;
-    pt_tensor::io::save_sharded(folder, &parameters, max_shard_bytes)?;
     let mut config = pretrained.config.raw.clone();
     config.insert("tie_word_embeddings".into(), (!parameters.iter().any(|(name, _)| name == "lm_head.weight")).into());
     let kind = match model.kind() {
@@ -367,9 +365,22 @@ pub(crate) fn save_model(
     };
     config.insert("dtype".into(), kind.into());
     config.remove("torch_dtype");
-    pt_tensor::io::write_atomically(&folder.join("config.json"), |out| {
-        Ok(serde_json::to_writer_pretty(out, &config)?)
-    })?;
+    // The parameters are dense, whatever the weights were read from.
+    config.remove("quantization_config");
+    save_checkpoint(folder, pretrained, &parameters, &config, max_shard_bytes)
+}
+
+/// Weights, configuration and tokenizer; the folder may exist.
+pub(crate) fn save_checkpoint(
+    folder: &Path,
+    pretrained: &Pretrained,
+    tensors: &[(String, Tensor)],
+    config: &serde_json::Map<String, serde_json::Value>,
+    max_shard_bytes: usize,
+) -> pt_train::Result<()> {
+    std::fs::create_dir_all(folder).map_err(|source| pt_tensor::TensorError::Write { path: folder.into(), source })?;
+    pt_tensor::io::save_sharded(folder, tensors, max_shard_bytes)?;
+    pt_tensor::io::write_atomically(&folder.join("config.json"), |out| Ok(serde_json::to_writer_pretty(out, config)?))?;
     if let Some(tokenizer) = &pretrained.tokenizer {
         tokenizer.save(folder)?;
     }

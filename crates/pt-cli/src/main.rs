@@ -32,6 +32,8 @@ enum Command {
     Score(commands::score::Args),
     /// Fold an adapter into its model and save a Hugging Face folder.
     Merge(commands::merge::Args),
+    /// Save a model with its linear layers in 4 bits, as transformers and bitsandbytes load it.
+    Quantize(commands::quantize::Args),
     /// Show what a model, an adapter, a run or a data set holds.
     Inspect(commands::inspect::Args),
     /// List the models and data sets that can be fetched by name.
@@ -50,6 +52,7 @@ fn main() -> ExitCode {
         Command::Chat(args) => commands::chat::run(args),
         Command::Score(args) => commands::score::run(args),
         Command::Merge(args) => commands::merge::run(args),
+        Command::Quantize(args) => commands::quantize::run(args),
         Command::Inspect(args) => commands::inspect::run(args),
         Command::Models(args) => commands::models::run(args),
         Command::Fetch(args) => commands::fetch::run(args),

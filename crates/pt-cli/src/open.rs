@@ -1,16 +1,19 @@
 //! Opening models and adapters as the flags say; shared by the commands.
 
 use crate::checkpoints::adapter_folder;
+use crate::commands::generate::at_least_one;
 use crate::talk::{self, Misused, Refused, Usage};
-use anyhow::Result;
+use anyhow::{Context, Result};
 use clap::Args;
-use pt_model::{Bare, CausalLm, ModelError, Pretrained, Sites};
+use pt_model::{Bare, CausalLm, LinearFormat, ModelError, Pretrained, Sites};
 use pt_peft::LoraAdapter;
-use pt_tensor::{Device, Kind, parse_device, parse_kind};
+use pt_tensor::io::create_folder_atomically;
+use pt_tensor::{Device, Kind, Nf4Arithmetic, Nf4Options, parse_device, parse_kind};
 use pt_train::TrainError;
 use pt_train::config::{load_config, parse_set};
 use pt_train::data::DataConfig;
 use pt_train::encoder::ModelEncoder;
+use pt_train::run_dir::check_place;
 use pt_train::sft::SftConfig;
 use std::fs::File;
 use std::io::Write;
@@ -32,6 +35,35 @@ pub(crate) struct ModelArgs {
     /// Number format of weights and activations: auto (f32 on the CPU, bf16 on CUDA), f32, bf16 or f16.
     #[arg(long, default_value = "auto")]
     pub(crate) dtype: String,
+}
+
+/// How the weights of the linear layers are held; the output layer stays as it is.
+#[derive(clap::ValueEnum, Debug, Clone, Copy, PartialEq, Eq)]
+enum WeightFormat {
+    /// As the checkpoint has them
+    AsStored,
+    /// In 4 bits (NF4, blocks of 64, double quantization), multiplied in --dtype
+    Nf4,
+    /// In 4 bits with activations in 8 bits on the CPU: fastest, less exact
+    Nf4Int8,
+}
+
+/// For commands that only read a model.
+#[derive(Args, Debug, Clone)]
+pub(crate) struct WeightArgs {
+    /// How the weights of the linear layers are held.
+    #[arg(long, value_enum, default_value = "as-stored")]
+    weights: WeightFormat,
+}
+
+impl WeightArgs {
+    fn format(&self) -> LinearFormat {
+        match self.weights {
+            WeightFormat::AsStored => LinearFormat::AsStored,
+            WeightFormat::Nf4 => LinearFormat::Nf4(Nf4Options::default(), Nf4Arithmetic::Exact),
+            WeightFormat::Nf4Int8 => LinearFormat::Nf4(Nf4Options::default(), Nf4Arithmetic::Int8),
+        }
+    }
 }
 
 /// A loaded model with what is switched on at its sites.
@@ -94,19 +126,70 @@ impl ModelArgs {
         Ok(Pretrained::open(self.path()?)?)
     }
 
-    pub(crate) fn open(&self) -> Result<Opened> {
+    /// The kind to save a checkpoint in: the one that `--dtype` or the checkpoint itself names; `otherwise` for files that name none (GGUF).
+    pub(crate) fn saved_kind(&self, pretrained: &Pretrained, otherwise: Kind) -> Result<Kind> {
+        if self.dtype != "auto" {
+            return self.kind();
+        }
+        let is_gguf = pretrained.path.is_file();
+        let named = ["dtype", "torch_dtype"].iter().find_map(|key| pretrained.config.raw.get(*key)?.as_str());
+        Ok(match named.filter(|_| !is_gguf) {
+            Some("bfloat16") => Kind::BFloat16,
+            Some("float16") => Kind::Half,
+            Some(_) => Kind::Float,
+            None => otherwise,
+        })
+    }
+
+    pub(crate) fn open(&self, weights: &WeightArgs) -> Result<Opened> {
         let device = self.device()?;
         // Training keeps f32 masters beside bf16; an answer has nothing to fall back on, and a small model's best
         // and second best token lie closer than bf16 tells apart.
         let kind = if self.dtype == "auto" && device == Device::Cpu { Kind::Float } else { self.kind()? };
         let adapter = self.adapter_folder()?;
         let pretrained = self.pretrained()?;
-        let model = CausalLm::load(&pretrained, device, kind)?;
+        let model = CausalLm::load_with(&pretrained, device, kind, weights.format())?;
         let sites: Rc<dyn Sites> = match &adapter {
             Some(folder) => Rc::new(LoraAdapter::load(folder, &model)?),
             None => Rc::new(Bare),
         };
         Ok(Opened { pretrained, model, sites })
+    }
+}
+
+/// Where a command writes a new model.
+#[derive(Args, Debug, Clone)]
+pub(crate) struct FolderArgs {
+    /// New folder for the model.
+    #[arg(long)]
+    output: PathBuf,
+    /// Largest size of one weight file, in MB.
+    #[arg(long, default_value_t = 5000, value_parser = at_least_one())]
+    max_shard_mb: usize,
+}
+
+impl FolderArgs {
+    /// Refuses a folder that holds something or cannot be written, before the work.
+    pub(crate) fn check(&self) -> Result<()> {
+        let is_free = |mut entries: std::fs::ReadDir| entries.next().is_none();
+        if self.output.exists() && !std::fs::read_dir(&self.output).is_ok_and(is_free) {
+            return Err(Refused {
+                message: format!("{} already exists and is not an empty folder", self.output.display()),
+                hint: "choose another --output, or remove it first".into(),
+            }
+            .into());
+        }
+        Ok(check_place(&self.output)?)
+    }
+
+    /// Lets `fill(folder, max_shard_bytes)` write the model; it appears whole or not at all.
+    pub(crate) fn fill(&self, fill: impl FnOnce(&Path, usize) -> pt_train::Result<()>) -> Result<()> {
+        let parent = self.output.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        std::fs::create_dir_all(parent).with_context(|| format!("cannot write {}", parent.display()))?;
+        let max_shard_bytes = self.max_shard_mb.saturating_mul(1_000_000);
+        create_folder_atomically(&self.output, |folder| fill(folder, max_shard_bytes))?;
+        eprintln!("saved to {}", self.output.display());
+        Ok(())
     }
 }
 

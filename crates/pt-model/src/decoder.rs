@@ -10,7 +10,8 @@ use crate::rope::Rope;
 use crate::sites::{Branch, Linear, Sites};
 use crate::{ModelError, Result};
 use pt_tensor::{
-    AttentionPlan, DenseWeight, Device, Kind, LabelLogprobs, LabelOutput, Tensor, TensorError, Weight, packed_attention,
+    AttentionPlan, DenseWeight, Device, Kind, LabelLogprobs, LabelOutput, Nf4Arithmetic, Nf4Options, Nf4Weight, Tensor,
+    TensorError, Weight, packed_attention,
 };
 use std::cell::RefCell;
 use std::rc::Rc;
@@ -167,6 +168,16 @@ impl Layer {
     }
 }
 
+/// How the weights of linear layers are held.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum LinearFormat {
+    /// As the checkpoint has them: dense, or in 4 bits where it is quantized so.
+    #[default]
+    AsStored,
+    /// In NF4, quantized while loading unless they are so already; the output layer stays dense, as QLoRA leaves it.
+    Nf4(Nf4Options, Nf4Arithmetic),
+}
+
 /// How a forward pass over a packed batch is run.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct RunOptions {
@@ -196,7 +207,16 @@ impl CausalLm {
     /// # Errors
     /// [`ModelError`] for a tensor that is missing, has another shape than the config says, or is left over.
     pub fn load(pretrained: &Pretrained, device: Device, kind: Kind) -> Result<Self> {
-        Self::from_source(&pretrained.config, pretrained.tensors.as_ref(), device, kind)
+        Self::load_with(pretrained, device, kind, LinearFormat::AsStored)
+    }
+
+    /// As [`load`](Self::load), with the linear layers in another format: each is quantized as it is read, so that the dense model never
+    /// exists as a whole.
+    ///
+    /// # Errors
+    /// As [`load`](Self::load).
+    pub fn load_with(pretrained: &Pretrained, device: Device, kind: Kind, format: LinearFormat) -> Result<Self> {
+        Self::from_source_with(&pretrained.config, pretrained.tensors.as_ref(), device, kind, format)
     }
 
     /// As [`load`](Self::load), from a config and any source of tensors by Hugging Face name.
@@ -204,7 +224,17 @@ impl CausalLm {
     /// # Errors
     /// As [`load`](Self::load).
     pub fn from_source(config: &ModelConfig, source: &dyn TensorSource, device: Device, kind: Kind) -> Result<Self> {
-        let mut loader = Loader { config, source, device, kind, next_index: 0, used: Vec::new() };
+        Self::from_source_with(config, source, device, kind, LinearFormat::AsStored)
+    }
+
+    fn from_source_with(
+        config: &ModelConfig,
+        source: &dyn TensorSource,
+        device: Device,
+        kind: Kind,
+        format: LinearFormat,
+    ) -> Result<Self> {
+        let mut loader = Loader { config, source, device, kind, format, next_index: 0, used: Vec::new() };
         let gpt2 = config.architecture == Architecture::Gpt2;
         let (hidden, vocab) = (config.hidden_size, config.vocab_size);
         let embed_path = if gpt2 { "transformer.wte.weight" } else { "model.embed_tokens.weight" };
@@ -459,6 +489,7 @@ struct Loader<'a> {
     source: &'a dyn TensorSource,
     device: Device,
     kind: Kind,
+    format: LinearFormat,
     next_index: usize,
     used: Vec<String>,
 }
@@ -471,16 +502,21 @@ impl Loader<'_> {
 
     fn tensor(&mut self, name: &str, shape: &[i64]) -> Result<Tensor> {
         let tensor = self.source.tensor(name, self.kind, self.device)?;
-        if tensor.size() != shape {
-            return Err(ModelError::Shape {
-                path: self.source.path().to_path_buf(),
-                name: name.into(),
-                found: tensor.size(),
-                expected: shape.to_vec(),
-            });
-        }
+        self.check_shape(name, &tensor.size(), shape)?;
         self.used.push(name.into());
         Ok(tensor)
+    }
+
+    fn check_shape(&self, name: &str, found: &[i64], expected: &[i64]) -> Result<()> {
+        if found == expected {
+            return Ok(());
+        }
+        Err(ModelError::Shape {
+            path: self.source.path().to_path_buf(),
+            name: name.into(),
+            found: found.to_vec(),
+            expected: expected.to_vec(),
+        })
     }
 
     fn linear(
@@ -492,14 +528,33 @@ impl Loader<'_> {
         is_transposed_in_file: bool,
     ) -> Result<Linear> {
         let name = format!("{path}.weight");
-        let weight = if is_transposed_in_file {
-            self.tensor(&name, &[input, output])?.tr().contiguous()
-        } else {
-            self.tensor(&name, &[output, input])?
-        };
+        let weight = self.linear_weight(&name, input, output, is_transposed_in_file)?;
         let bias = has_bias.then(|| self.tensor(&format!("{path}.bias"), &[output])).transpose()?;
-        let weight = Rc::new(DenseWeight::new(weight)?);
         Ok(Linear { index: self.take_index(), path: path.into(), weight, bias, is_transposed_in_file })
+    }
+
+    fn linear_weight(&mut self, name: &str, input: i64, output: i64, is_transposed: bool) -> Result<Rc<dyn Weight>> {
+        let arithmetic = match self.format {
+            LinearFormat::Nf4(_, arithmetic) => arithmetic,
+            LinearFormat::AsStored => Nf4Arithmetic::Exact,
+        };
+        if let Some(weight) = self.source.nf4(name, self.kind, self.device)? {
+            let (rows, columns) = weight.size();
+            self.check_shape(name, &[rows, columns], &[output, input])?;
+            self.used.push(name.into());
+            return Ok(Rc::new(weight.with_arithmetic(arithmetic)));
+        }
+        let dense = if is_transposed {
+            self.tensor(name, &[input, output])?.tr().contiguous()
+        } else {
+            self.tensor(name, &[output, input])?
+        };
+        Ok(match self.format {
+            LinearFormat::Nf4(options, _) if name != "lm_head.weight" => {
+                Rc::new(Nf4Weight::quantize(&dense, options)?.with_arithmetic(arithmetic))
+            }
+            _ => Rc::new(DenseWeight::new(dense)?),
+        })
     }
 
     fn norm(&mut self, path: &str, has_bias: bool) -> Result<Norm> {

@@ -23,6 +23,7 @@
 //! | `batch` | prompt groups on one token axis and who attends to whom |
 //! | `config`, `decoder`, `rope`, `sites` | the model and the places where methods attach |
 //! | `load`, `gguf` | checkpoints: Hugging Face folders and GGUF files |
+//! | `quantize` | checkpoints in bitsandbytes' 4 bits |
 //! | `tokenizer`, `chat_template` | text to tokens and back |
 //! | `generate` | sampling with a key/value cache |
 #![forbid(unsafe_code)]
@@ -35,6 +36,7 @@ mod error;
 mod generate;
 pub mod gguf;
 mod load;
+mod quantize;
 mod rope;
 mod sites;
 mod tokenizer;
@@ -42,10 +44,11 @@ mod tokenizer;
 pub use batch::{Completion, PackedBatch, PromptGroup};
 pub use chat_template::{ChatTemplate, Content, Message};
 pub use config::{Activation, Architecture, ModelConfig, RopeScaling};
-pub use decoder::{CausalLm, RunOptions};
+pub use decoder::{CausalLm, LinearFormat, RunOptions};
 pub use error::{ModelError, Result};
 pub use generate::{FinishReason, GenerateConfig, Generated, check_prompt, generate};
 pub use load::{Pretrained, TensorSource};
 pub use pt_tensor::{AttentionPlan, Segment};
+pub use quantize::quantize_checkpoint;
 pub use sites::{Bare, Branch, Linear, Sites};
 pub use tokenizer::Tokenizer;

@@ -8,8 +8,8 @@ use crate::gguf::{Gguf, Layout, Placement, deinterleave_heads, placement};
 use crate::tokenizer::Tokenizer;
 use crate::{ModelError, Result};
 use pt_tensor::io::SafetensorsReader;
-use pt_tensor::{Device, Kind, Tensor, TensorError};
-use std::collections::BTreeMap;
+use pt_tensor::{Device, Kind, Nf4Weight, Tensor, TensorError, Weight};
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Debug;
 use std::path::{Path, PathBuf};
 
@@ -29,6 +29,15 @@ pub trait TensorSource: Debug + Send + Sync {
     /// # Errors
     /// [`ModelError::MissingTensor`], or that of reading it.
     fn tensor(&self, name: &str, kind: Kind, device: Device) -> Result<Tensor>;
+
+    /// A weight that is stored in 4 bits, `[out_features, in_features]`, to compute in `kind`; `None` when it is stored otherwise.
+    /// [`tensor`](Self::tensor) gives such a weight dequantized.
+    ///
+    /// # Errors
+    /// That of reading it.
+    fn nf4(&self, _name: &str, _kind: Kind, _device: Device) -> Result<Option<Nf4Weight>> {
+        Ok(None)
+    }
 }
 
 /// An opened checkpoint. No weight has been read yet.
@@ -114,6 +123,10 @@ struct FolderTensors {
     reader: SafetensorsReader,
     /// Name asked for → name in the files.
     stored: BTreeMap<String, String>,
+    /// Names in the files of weights in bitsandbytes' 4 bits.
+    block4: BTreeSet<String>,
+    /// Whether linear weights are written `[in_features, out_features]`, as GPT-2's are; 4-bit ones never are.
+    is_transposed: bool,
 }
 
 impl FolderTensors {
@@ -132,7 +145,11 @@ impl FolderTensors {
             other => other.into(),
         })?;
         let is_gpt2 = config.architecture == Architecture::Gpt2;
-        let stored = reader.names().filter_map(|name| {
+        let block4: BTreeSet<String> = reader.block4_names().map(str::to_owned).collect();
+        // `x.weight.absmax` and the like are parts of the 4-bit tensor `x.weight`.
+        let is_part =
+            |name: &str| name.match_indices(".weight.").any(|(at, _)| block4.contains(&name[..at + ".weight".len()]));
+        let stored = reader.names().filter(|name| !is_part(name)).filter_map(|name| {
             // Constants that old releases saved among the weights.
             let is_buffer = name.ends_with("rotary_emb.inv_freq")
                 || (is_gpt2 && (name.ends_with(".attn.bias") || name.ends_with(".attn.masked_bias")));
@@ -141,7 +158,7 @@ impl FolderTensors {
             (!is_buffer).then(|| (asked, name.to_string()))
         });
         let stored = stored.collect();
-        Ok(Self { reader, stored })
+        Ok(Self { reader, stored, block4, is_transposed: is_gpt2 })
     }
 }
 
@@ -155,14 +172,30 @@ impl TensorSource for FolderTensors {
     }
 
     fn shape(&self, name: &str) -> Option<Vec<i64>> {
-        self.reader.shape(self.stored.get(name)?).map(<[i64]>::to_vec)
+        let stored = self.stored.get(name)?;
+        if self.block4.contains(stored) {
+            let (rows, columns) = self.nf4(name, Kind::Float, Device::Cpu).ok()??.size();
+            return Some(if self.is_transposed { vec![columns, rows] } else { vec![rows, columns] });
+        }
+        self.reader.shape(stored).map(<[i64]>::to_vec)
     }
 
     fn tensor(&self, name: &str, kind: Kind, device: Device) -> Result<Tensor> {
         let stored = self.stored.get(name).ok_or_else(|| missing(self.reader.path(), name, self.stored.keys()))?;
         // Converted before it crosses to the device: the smaller of the two makes the trip in the common case.
-        let tensor = self.reader.tensor(stored, Device::Cpu)?;
+        let tensor = match self.nf4(name, kind, Device::Cpu)? {
+            Some(weight) if self.is_transposed => weight.dense()?.f_tr()?.f_contiguous()?,
+            Some(weight) => weight.dense()?,
+            None => self.reader.tensor(stored, Device::Cpu)?,
+        };
         Ok(tensor.f_to_kind(kind)?.f_to_device(device)?)
+    }
+
+    fn nf4(&self, name: &str, kind: Kind, device: Device) -> Result<Option<Nf4Weight>> {
+        match self.stored.get(name) {
+            Some(stored) if self.block4.contains(stored) => Ok(Nf4Weight::read(&self.reader, stored, kind, device)?),
+            _ => Ok(None),
+        }
     }
 }
 

@@ -79,13 +79,13 @@ fn lora_linear_cast(
         let grad_x = match (needs_x, &mask) {
             (false, _) => None,
             (true, None) => {
-                let mut grad_x = grad.f_mm(&weight.dense()?)?;
+                let mut grad_x = weight.project_backward(&grad)?;
                 let _ = grad_x.f_addmm_(&grad_low, &a_cast)?;
                 Some(grad_x.f_view(x_size.as_slice())?)
             }
             (true, mask) => {
                 let through = dropped(&grad_low.f_mm(&a_cast)?, mask.as_ref(), keep);
-                Some(through.f_addmm(&grad, &weight.dense()?)?.f_view(x_size.as_slice())?)
+                Some((through + weight.project_backward(&grad)?).f_view(x_size.as_slice())?)
             }
         };
         let grad_a = match needs_a {

@@ -5,7 +5,9 @@
 
 use crate::{Result, TensorError};
 use memmap2::Mmap;
-use safetensors::{Dtype, SafeTensors};
+use pt_quant::formats::bitsandbytes;
+use safetensors::tensor::TensorView;
+use safetensors::{Dtype, SafeTensors, View};
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::Write;
@@ -147,6 +149,46 @@ impl SafetensorsReader {
         let bytes = &shard.map[entry.start..entry.end];
         Ok(Tensor::f_from_data_size(bytes, &entry.shape, kind)?.to_device(device))
     }
+
+    /// Names of the weights that are stored in bitsandbytes' 4 bits; their other parts are named after them.
+    pub fn block4_names(&self) -> impl Iterator<Item = &str> {
+        self.names()
+            .filter_map(|name| BLOCK4_STATES.iter().find_map(|state| name.strip_suffix(state)?.strip_suffix('.')))
+    }
+
+    /// The 4-bit tensor `name`, `None` when it is not stored so. Its parts may be spread over shards.
+    ///
+    /// # Errors
+    /// [`TensorError::Format`] when the parts do not fit together.
+    pub(crate) fn block4(&self, name: &str) -> Result<Option<bitsandbytes::Loaded>> {
+        if !BLOCK4_STATES.iter().any(|state| self.entries.contains_key(&format!("{name}.{state}"))) {
+            return Ok(None);
+        }
+        let is_part = |found: &str| found == name || found.strip_prefix(name).is_some_and(|rest| rest.starts_with('.'));
+        let parts = self.entries.iter().filter(|(found, _)| is_part(found));
+        let format = |reason: String| TensorError::Format { path: self.path.clone(), reason };
+        let views = parts.map(|(found, entry)| {
+            let shape = entry.shape.iter().map(|&n| n as usize).collect();
+            let view = TensorView::new(entry.dtype, shape, &self.shards[entry.shard].map[entry.start..entry.end]);
+            view.map(|view| (found, view)).map_err(|e| format(format!("`{found}`: {e}")))
+        });
+        // Put together as one small file, which is what the reader of that format takes.
+        let bytes =
+            safetensors::serialize(views.collect::<Result<Vec<_>>>()?, None).map_err(|e| format(e.to_string()))?;
+        let file = SafeTensors::deserialize(&bytes).map_err(|e| format(e.to_string()))?;
+        bitsandbytes::read_owned(&file, name).map(Some).map_err(|e| format(e.to_string()))
+    }
+}
+
+/// What the names of the descriptions of 4-bit tensors end in.
+const BLOCK4_STATES: [&str; 2] = ["quant_state.bitsandbytes__nf4", "quant_state.bitsandbytes__fp4"];
+
+/// A tensor of another crate's making, copied.
+pub(crate) fn tensor_of(view: &impl View) -> Result<Tensor> {
+    let shape: Vec<i64> = view.shape().iter().map(|&n| n as i64).collect();
+    let kind = kind_of(view.dtype())
+        .ok_or_else(|| TensorError::argument("dtype", format!("{:?}", view.dtype()), "one that libtorch has"))?;
+    Ok(Tensor::f_from_data_size(&view.data(), &shape, kind)?)
 }
 
 fn kind_of(dtype: Dtype) -> Option<Kind> {

@@ -43,4 +43,4 @@ pub use linear::linear;
 pub use optim::{AdamW, AdamWConfig, clip_grad_norm_, global_grad_norm};
 pub use pool::TorchPool;
 pub use tch::{Device, IndexOp, Kind, TchError, Tensor, no_grad, set_num_threads};
-pub use weight::{DenseWeight, Nf4Arithmetic, Nf4Options, Nf4Weight, Weight};
+pub use weight::{DenseWeight, Nf4Arithmetic, Nf4Options, Nf4Weight, Weight, nf4_tensors};

@@ -1,7 +1,7 @@
 //! `pt chat`
 
 use super::generate::Sampling;
-use crate::open::ModelArgs;
+use crate::open::{ModelArgs, WeightArgs};
 use crate::talk::{self, Refused};
 use anyhow::{Context, Result};
 use pt_model::generate;
@@ -13,6 +13,8 @@ use std::process::ExitCode;
 pub(crate) struct Args {
     #[command(flatten)]
     model: ModelArgs,
+    #[command(flatten)]
+    weights: WeightArgs,
     /// System message at the start of the conversation.
     #[arg(long)]
     system: Option<String>,
@@ -21,7 +23,7 @@ pub(crate) struct Args {
 }
 
 pub(crate) fn run(args: Args) -> Result<ExitCode> {
-    let opened = args.model.open()?;
+    let opened = args.model.open(&args.weights)?;
     let encoder = opened.encoder()?;
     if !encoder.has_template() {
         return Err(Refused {

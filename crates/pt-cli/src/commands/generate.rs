@@ -1,6 +1,6 @@
 //! `pt generate`
 
-use crate::open::{DataArgs, ModelArgs, OutputArgs};
+use crate::open::{DataArgs, ModelArgs, OutputArgs, WeightArgs};
 use crate::talk::{self, Usage};
 use anyhow::{Context, Result};
 use clap::ArgGroup;
@@ -18,6 +18,8 @@ use std::time::Instant;
 pub(crate) struct Args {
     #[command(flatten)]
     model: ModelArgs,
+    #[command(flatten)]
+    weights: WeightArgs,
     /// JSONL or JSON rows with `prompt` (text or messages) or `messages`; what a row holds beside its prompt is left out.
     /// A prompt that is plain text is completed as it stands; --set data.as_chat=true asks it through the chat template.
     #[arg(long)]
@@ -141,7 +143,7 @@ pub(crate) fn run(args: Args) -> Result<ExitCode> {
         Some(path) => Some(read_rows(std::slice::from_ref(path), &options)?),
         None => None,
     };
-    let opened = args.model.open()?;
+    let opened = args.model.open(&args.weights)?;
     let encoder = opened.encoder()?;
     let prompts: Vec<Vec<i64>> = match (&rows, &args.prompt) {
         (Some(rows), _) => rows.iter().map(|row| prompt_ids(row, &encoder)).collect::<Result<_>>()?,

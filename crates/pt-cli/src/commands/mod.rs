@@ -7,5 +7,6 @@ pub(crate) mod generate;
 pub(crate) mod inspect;
 pub(crate) mod merge;
 pub(crate) mod models;
+pub(crate) mod quantize;
 pub(crate) mod score;
 pub(crate) mod sft;

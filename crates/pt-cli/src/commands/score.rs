@@ -1,7 +1,7 @@
 //! `pt score`
 
 use super::generate::at_least_one;
-use crate::open::{DataArgs, ModelArgs, OutputArgs};
+use crate::open::{DataArgs, ModelArgs, OutputArgs, WeightArgs};
 use crate::talk;
 use anyhow::Result;
 use pt_model::{ModelError, PackedBatch, PromptGroup, RunOptions};
@@ -15,6 +15,8 @@ use std::process::ExitCode;
 pub(crate) struct Args {
     #[command(flatten)]
     model: ModelArgs,
+    #[command(flatten)]
+    weights: WeightArgs,
     /// JSONL or JSON rows: `prompt` and `completion`, `messages`, or `prompt`, `chosen`, `rejected`. The token that ends
     /// a turn is added to completions that are plain text, and scored with them.
     #[arg(long)]
@@ -35,7 +37,7 @@ pub(crate) fn run(args: Args) -> Result<ExitCode> {
     let mut lines = args.output.open()?;
     let data = args.read.config(&[])?;
     let rows = read_rows(std::slice::from_ref(&args.data), &data.read_options())?;
-    let opened = args.model.open()?;
+    let opened = args.model.open(&args.weights)?;
     let encoder = opened.encoder()?;
     let context = opened.model.config().max_position_embeddings as usize;
     let mut groups: Vec<PromptGroup> = Vec::new();

@@ -7,4 +7,5 @@ mod common;
 mod interop;
 #[cfg(unix)]
 mod interruptions;
+mod quantize;
 mod runs;

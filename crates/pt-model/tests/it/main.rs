@@ -5,6 +5,7 @@ mod chat_template;
 mod common;
 mod gguf;
 mod golden;
+mod golden_nf4;
 mod invariance;
 mod pretrained;
 mod smollm2;

@@ -4,15 +4,15 @@ mod dense;
 mod nf4;
 
 pub use dense::DenseWeight;
-pub use nf4::{Nf4Arithmetic, Nf4Options, Nf4Weight};
+pub use nf4::{Nf4Arithmetic, Nf4Options, Nf4Weight, nf4_tensors};
 
 use crate::Result;
 use tch::{Device, Kind, Tensor};
 
 /// A linear weight `[out_features, in_features]`, however it is stored.
 ///
-/// Laws: `project(x)` equals `x · dense()ᵀ` within the rounding of the compute kind, and gradients flow through
-/// `project` to its input.
+/// Laws: `project(x)` equals `x · dense()ᵀ` and `project_backward(g)` equals `g · dense()` within the rounding of the compute kind, and
+/// gradients flow through `project` to its input.
 pub trait Weight: std::fmt::Debug {
     /// `(out_features, in_features)`.
     fn size(&self) -> (i64, i64);
@@ -28,6 +28,14 @@ pub trait Weight: std::fmt::Debug {
     /// # Errors
     /// When the shapes do not fit.
     fn project(&self, hidden_states: &Tensor, bias: Option<&Tensor>) -> Result<Tensor>;
+
+    /// `grad · W`: the gradient of [`project`](Self::project) to its input, `[.., out_features]` → `[.., in_features]`, without a graph.
+    ///
+    /// # Errors
+    /// When the shapes do not fit.
+    fn project_backward(&self, grad: &Tensor) -> Result<Tensor> {
+        Ok(grad.f_matmul(&self.dense()?)?)
+    }
 
     /// Device the weight lives on.
     fn device(&self) -> Device;

@@ -3,11 +3,13 @@
 use std::rc::Rc;
 
 use pt_quant::dense::Output;
+use pt_quant::formats::bitsandbytes::{self, SourceDtype};
 use pt_quant::{Arithmetic, Block4, Block4Matrix, Block4Ref, BlockSize, Codebook, ProductOptions, ScaleFormat};
 use tch::{Device, Kind, Tensor, no_grad};
 
 use super::Weight;
 use crate::autograd::attach_backward;
+use crate::io::SafetensorsReader;
 use crate::pool::{exec, with_workspace};
 use crate::slices::{bf16s, bf16s_mut, f32s, f32s_mut};
 use crate::{Result, TensorError};
@@ -82,10 +84,24 @@ impl Nf4Weight {
         Ok(Self { store, size, kind, arithmetic: Nf4Arithmetic::Exact })
     }
 
-    /// With other arithmetic where no gradient is wanted.
+    /// With other arithmetic where no gradient is wanted: for a model that answers, not for one under training.
     #[must_use]
     pub fn with_arithmetic(self, arithmetic: Nf4Arithmetic) -> Self {
         Self { arithmetic, ..self }
+    }
+
+    /// A 4-bit tensor of a checkpoint in bitsandbytes' layout, `None` when `name` is not one. Computes in `kind` on `device`.
+    ///
+    /// # Errors
+    /// [`TensorError::Format`] when its parts do not fit together, [`TensorError::Shape`] unless it has two axes.
+    pub fn read(reader: &SafetensorsReader, name: &str, kind: Kind, device: Device) -> Result<Option<Self>> {
+        let Some(loaded) = reader.block4(name)? else { return Ok(None) };
+        let [out_features, in_features] = loaded.state.shape[..] else {
+            let found = loaded.state.shape.iter().map(|&n| n as i64).collect();
+            let expected = "[out_features, in_features]".into();
+            return Err(TensorError::Shape { what: format!("`{name}`"), found, expected });
+        };
+        Self::new(loaded.weights.as_ref(), (out_features as i64, in_features as i64), kind, device).map(Some)
     }
 
     /// Bytes that codes and scales take.
@@ -97,10 +113,25 @@ impl Nf4Weight {
     }
 }
 
-/// Quantizes a dense weight of any device, in f32, bf16 or f16.
+/// The tensors that bitsandbytes saves for a dense weight called `name`, quantized: codes, scales, tables and a description. Written with
+/// [`save_sharded`](crate::io::save_sharded), transformers loads them, and so does [`Nf4Weight::read`].
 ///
 /// # Errors
 /// As [`Nf4Weight::quantize`].
+pub fn nf4_tensors(name: &str, weight: &Tensor, options: Nf4Options) -> Result<Vec<(String, Tensor)>> {
+    let block4 = quantize(weight, options)?;
+    let shape: Vec<usize> = weight.size().iter().map(|&n| n as usize).collect();
+    let dtype = match weight.kind() {
+        Kind::BFloat16 => SourceDtype::BFloat16,
+        Kind::Half => SourceDtype::Float16,
+        _ => SourceDtype::Float32,
+    };
+    let block4 = block4.as_ref();
+    let parts = bitsandbytes::tensors(name, &block4, &shape, dtype)?;
+    parts.into_iter().map(|(name, part)| Ok((name, crate::io::tensor_of(&part)?))).collect()
+}
+
+/// Quantizes a dense weight of any device, in f32, bf16 or f16.
 fn quantize(weight: &Tensor, options: Nf4Options) -> Result<Block4> {
     if weight.dim() != 2 {
         return Err(TensorError::shape("weight", weight, "[out_features, in_features]"));
@@ -141,6 +172,16 @@ impl Weight for Nf4Weight {
         match &self.store {
             Store::Cpu(matrix) => self.project_on_cpu(matrix, hidden_states, bias),
             Store::Tensors(tensors) => tensors.project(self.kind, hidden_states, bias),
+        }
+    }
+
+    fn project_backward(&self, grad: &Tensor) -> Result<Tensor> {
+        if grad.size().last() != Some(&self.size.0) {
+            return Err(TensorError::shape("grad", grad, format!("[.., {}]", self.size.0)));
+        }
+        match &self.store {
+            Store::Cpu(matrix) => backward(matrix, grad, self.size.1),
+            Store::Tensors(tensors) => Ok(grad.f_matmul(&tensors.dense(grad.kind())?)?),
         }
     }
 
@@ -201,14 +242,24 @@ fn multiply(
     Ok(y)
 }
 
+/// The arithmetic that is exact for a kind.
+fn exact(kind: Kind) -> Arithmetic {
+    if kind == Kind::BFloat16 { Arithmetic::Bf16 } else { Arithmetic::F32 }
+}
+
+fn backward(matrix: &Block4Matrix, grad: &Tensor, in_features: i64) -> Result<Tensor> {
+    let kind = stored_kind(grad.kind());
+    let dx =
+        no_grad(|| multiply(matrix, &grad.detach().to_kind(kind), in_features, Product::Backward, exact(kind), None))?;
+    Ok(dx.to_kind(grad.kind()))
+}
+
 impl Nf4Weight {
     fn project_on_cpu(&self, matrix: &Rc<Block4Matrix>, x: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
         let kind = stored_kind(x.kind());
-        let exact = if kind == Kind::BFloat16 { Arithmetic::Bf16 } else { Arithmetic::F32 };
-        let wants_grad = x.requires_grad();
         let arithmetic = match self.arithmetic {
-            Nf4Arithmetic::Int8 if !wants_grad => Arithmetic::Int8,
-            _ => exact,
+            Nf4Arithmetic::Int8 if !x.requires_grad() => Arithmetic::Int8,
+            _ => exact(kind),
         };
         // A bias that trains needs a graph of its own.
         let (fused, added) = match bias {
@@ -221,11 +272,10 @@ impl Nf4Weight {
             multiply(matrix, &x, out_features, Product::Forward, arithmetic, fused)
         })?;
         let y = y.to_kind(x.kind());
-        let (matrix, x_kind) = (matrix.clone(), x.kind());
+        let matrix = matrix.clone();
         attach_backward("nf4_linear", &[x], &[&y], move |grads| {
             let Some(grad) = grads.into_iter().next().flatten() else { return Ok(vec![None]) };
-            let dx = multiply(&matrix, &grad.to_kind(kind), in_features, Product::Backward, exact, None)?;
-            Ok(vec![Some(dx.to_kind(x_kind))])
+            Ok(vec![Some(backward(&matrix, &grad, in_features)?)])
         })?;
         Ok(match added {
             Some(bias) => y + bias,
@@ -358,6 +408,24 @@ mod tests {
                 });
                 assert!(distance(&grads[0].0, &grads[1].0) < 1e-2 && distance(&grads[0].1, &grads[1].1) < 1e-2);
             }
+        }
+    }
+
+    #[test]
+    fn a_quantized_weight_is_saved_and_read_back_from_several_shards() {
+        let _lock = crate::random::test_lock();
+        let folder = tempfile::tempdir().unwrap();
+        for (kind, double_quant) in [(Kind::Float, false), (Kind::BFloat16, true), (Kind::Half, true)] {
+            let dense = draw(&[48, 80], kind);
+            let options = Nf4Options { double_quant, ..Nf4Options::default() };
+            let mut tensors = nf4_tensors("a.weight", &dense, options).unwrap();
+            tensors.push(("b".into(), draw(&[3], kind)));
+            crate::io::save_sharded(folder.path(), &tensors, 600).unwrap();
+            let reader = SafetensorsReader::open(folder.path()).unwrap();
+            let read = Nf4Weight::read(&reader, "a.weight", kind, Device::Cpu).unwrap().unwrap();
+            let want = Nf4Weight::quantize(&dense, options).unwrap();
+            assert_eq!((read.size(), read.dense().unwrap()), ((48, 80), want.dense().unwrap()));
+            assert!(Nf4Weight::read(&reader, "b", kind, Device::Cpu).unwrap().is_none());
         }
     }
 
