@@ -167,18 +167,18 @@ fn pack<T: Vector>(base: &[T], fine_tuned: &[T], words: &mut [u64], sums: &mut [
 unsafe fn pack_row<T: Vector>(base: &[T], fine_tuned: &[T], words: &mut [u64], sums: &mut [f64]) {
     let len = base.len();
     let whole = len / GROUP;
-    for (group, sum) in sums[..whole].iter_mut().enumerate() {
+    for (group, (sum, words)) in sums[..whole].iter_mut().zip(words.chunks_exact_mut(2)).enumerate() {
         let mut lanes = _mm512_setzero_ps();
-        for word in 2 * group..2 * group + 2 {
+        for (index, word) in words.iter_mut().enumerate() {
             let mut bits = 0;
             for quarter in 0..4 {
-                let at = word * 64 + quarter * 16;
+                let at = group * GROUP + index * 64 + quarter * 16;
                 // SAFETY: group `group` is whole, so 16 numbers from `at` on are in both slices.
                 let delta = unsafe { difference(base, fine_tuned, at, u16::MAX) };
                 bits |= u64::from(is_positive(delta)) << (quarter * 16);
                 lanes = _mm512_add_ps(lanes, _mm512_abs_ps(delta));
             }
-            words[word] = bits;
+            *word = bits;
         }
         *sum = total(lanes);
     }

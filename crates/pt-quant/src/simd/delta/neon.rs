@@ -157,7 +157,7 @@ unsafe fn pack_group<T: Vector>(base: *const T, fine_tuned: *const T, words: &mu
     }
     // As `super::total`.
     let two = |lanes: float32x4_t| [vcvt_f64_f32(vget_low_f32(lanes)), vcvt_high_f64_f32(lanes)];
-    let [[a, b], [c, d], [e, f], [g, h]] = lanes.map(|lanes| two(lanes));
+    let [[a, b], [c, d], [e, f], [g, h]] = lanes.map(two);
     let (a, b, c, d) = (vaddq_f64(a, e), vaddq_f64(b, f), vaddq_f64(c, g), vaddq_f64(d, h));
     let (a, b) = (vaddq_f64(a, c), vaddq_f64(b, d));
     vaddvq_f64(vaddq_f64(a, b))
