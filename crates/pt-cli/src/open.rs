@@ -37,14 +37,14 @@ pub(crate) struct ModelArgs {
     pub(crate) dtype: String,
 }
 
-/// How the weights of the linear layers are held; the output layer stays as it is.
+/// How the weights of the linear layers are held.
 #[derive(clap::ValueEnum, Debug, Clone, Copy, PartialEq, Eq)]
 enum WeightFormat {
     /// As the checkpoint has them
     AsStored,
-    /// In 4 bits (NF4, blocks of 64, double quantization), multiplied in --dtype
+    /// In 4 bits (NF4, blocks of 64, double quantization) but for the output layer, multiplied in --dtype
     Nf4,
-    /// In 4 bits with activations in 8 bits on the CPU: fastest, less exact
+    /// In 4 bits with the output layer, and activations in 8 bits on the CPU: fastest, less exact
     Nf4Int8,
 }
 
@@ -58,10 +58,12 @@ pub(crate) struct WeightArgs {
 
 impl WeightArgs {
     fn format(&self) -> LinearFormat {
+        let nf4 =
+            |arithmetic, with_output| LinearFormat::Nf4 { options: Nf4Options::default(), arithmetic, with_output };
         match self.weights {
             WeightFormat::AsStored => LinearFormat::AsStored,
-            WeightFormat::Nf4 => LinearFormat::Nf4(Nf4Options::default(), Nf4Arithmetic::Exact),
-            WeightFormat::Nf4Int8 => LinearFormat::Nf4(Nf4Options::default(), Nf4Arithmetic::Int8),
+            WeightFormat::Nf4 => nf4(Nf4Arithmetic::Exact, false),
+            WeightFormat::Nf4Int8 => nf4(Nf4Arithmetic::Int8, true),
         }
     }
 }

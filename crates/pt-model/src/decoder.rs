@@ -174,8 +174,15 @@ pub enum LinearFormat {
     /// As the checkpoint has them: dense, or in 4 bits where it is quantized so.
     #[default]
     AsStored,
-    /// In NF4, quantized while loading unless they are so already; the output layer stays dense, as QLoRA leaves it.
-    Nf4(Nf4Options, Nf4Arithmetic),
+    /// In NF4, quantized while loading unless they are so already.
+    Nf4 {
+        /// How they are quantized.
+        options: Nf4Options,
+        /// How they are multiplied.
+        arithmetic: Nf4Arithmetic,
+        /// Whether the output layer is too; QLoRA leaves it dense. A tied embedding stays dense either way.
+        with_output: bool,
+    },
 }
 
 /// How a forward pass over a packed batch is run.
@@ -249,7 +256,12 @@ impl CausalLm {
         let final_norm = loader.norm(if gpt2 { "transformer.ln_f" } else { "model.norm" }, gpt2)?;
         let lm_head = if config.tie_word_embeddings {
             loader.used.push("lm_head.weight".into());
-            let weight: Rc<dyn Weight> = Rc::new(DenseWeight::new(embedding.shallow_clone())?);
+            let weight: Rc<dyn Weight> = match format {
+                LinearFormat::Nf4 { options, arithmetic, with_output: true } => {
+                    Rc::new(Nf4Weight::quantize(&embedding, options)?.with_arithmetic(arithmetic))
+                }
+                _ => Rc::new(DenseWeight::new(embedding.shallow_clone())?),
+            };
             Linear {
                 index: loader.take_index(),
                 path: "lm_head".into(),
@@ -535,7 +547,7 @@ impl Loader<'_> {
 
     fn linear_weight(&mut self, name: &str, input: i64, output: i64, is_transposed: bool) -> Result<Rc<dyn Weight>> {
         let arithmetic = match self.format {
-            LinearFormat::Nf4(_, arithmetic) => arithmetic,
+            LinearFormat::Nf4 { arithmetic, .. } => arithmetic,
             LinearFormat::AsStored => Nf4Arithmetic::Exact,
         };
         if let Some(weight) = self.source.nf4(name, self.kind, self.device)? {
@@ -550,7 +562,7 @@ impl Loader<'_> {
             self.tensor(name, &[output, input])?
         };
         Ok(match self.format {
-            LinearFormat::Nf4(options, _) if name != "lm_head.weight" => {
+            LinearFormat::Nf4 { options, with_output, .. } if with_output || name != "lm_head.weight" => {
                 Rc::new(Nf4Weight::quantize(&dense, options)?.with_arithmetic(arithmetic))
             }
             _ => Rc::new(DenseWeight::new(dense)?),
