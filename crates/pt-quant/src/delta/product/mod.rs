@@ -121,8 +121,10 @@ fn multiply(
     (tables, rows): (&TableRows<'_>, Range<usize>),
     sums: &mut [Sums],
 ) {
-    for start in lines.clone().step_by(BLOCK_LINES) {
-        let block = start..lines.end.min(start + BLOCK_LINES);
+    // A single row reads lines once, so they come in the order in which they lie.
+    let block_lines = if rows.len() == 1 { lines.len().max(1) } else { BLOCK_LINES };
+    for start in lines.clone().step_by(block_lines) {
+        let block = start..lines.end.min(start + block_lines);
         tables.multiply(kernels, tiles, block, scales, rows.clone(), sums);
     }
 }

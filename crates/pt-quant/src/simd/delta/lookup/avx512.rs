@@ -18,6 +18,9 @@ use super::{
 
 const F32_LEN: usize = 32;
 
+/// Lines that are asked for ahead, into the L2 cache, when a single row reads them: the L1 cache has too few misses under way at once for memory.
+const AHEAD: usize = 64;
+
 pub(super) static KERNELS: Kernels =
     Kernels { f32_len: F32_LEN, build_f32, forward_f32, build_integers, forward_one, forward_two, transpose };
 
@@ -126,6 +129,9 @@ unsafe fn forward_f32_of<const M: usize, const T: usize>(
     for index in 0..tiles.len {
         // SAFETY: `len` lines of 64 bytes, and tables of each for all rows.
         unsafe {
+            if M == 1 {
+                _mm_prefetch::<_MM_HINT_T1>(lines.wrapping_add(index + AHEAD).cast());
+            }
             let bytes = _mm512_load_si512(lines.add(index).cast());
             let table: [[__m512; 2]; M] = core::array::from_fn(|m| {
                 let at = start.add(m * tables.stride + index * F32_LEN);
@@ -338,6 +344,9 @@ unsafe fn forward_integers<const M: usize, const T: usize, const PLANES: usize>(
             // SAFETY: `len` lines of 64 bytes in each tile, and tables of `32 · PLANES` bytes a line in each row.
             unsafe {
                 let nibbles: [[__m512i; 2]; T] = core::array::from_fn(|t| {
+                    if M == 1 {
+                        _mm_prefetch::<_MM_HINT_T1>(lines.wrapping_add(t * tiles.stride + index + AHEAD).cast());
+                    }
                     let bytes = _mm512_load_si512(lines.add(t * tiles.stride + index).cast());
                     [_mm512_and_si512(bytes, nibble), _mm512_and_si512(_mm512_srli_epi16::<4>(bytes), nibble)]
                 });
