@@ -188,7 +188,7 @@ mod tests {
             if to_f32(neighbour).is_finite() && to_f32(got).is_finite() && to_f32(neighbour).signum() == value.signum()
             {
                 let (ours, theirs) = (distance(got), distance(neighbour));
-                assert!(ours < theirs || ours == theirs && got % 2 == 0, "{value}: {got:#x}");
+                assert!(ours < theirs || ours == theirs && got.is_multiple_of(2), "{value}: {got:#x}");
             }
         }
     }

@@ -1,7 +1,6 @@
 //! How a function runs: which instruction set, on whose threads.
 
 use core::fmt;
-use core::ops::Range;
 use core::sync::atomic::{AtomicUsize, Ordering};
 
 use crate::{Isa, QuantError};
@@ -210,14 +209,6 @@ impl<'a> Exec<'a> {
             work(first, Columns { whole: &whole, num_rows, num_columns, first, len }, slot);
         });
     }
-
-    /// Splits `0..len` into at most a few ranges per thread, cut at multiples of `align`, none much shorter than `min_len`.
-    /// The cuts depend on the number of threads: use it only where results do not depend on the cuts.
-    pub(crate) fn ranges(&self, len: usize, align: usize, min_len: usize) -> impl Fn(usize) -> Range<usize> + use<> {
-        let pieces = (4 * self.num_threads()).min(len / min_len.max(1)).max(1);
-        let step = len.div_ceil(pieces).next_multiple_of(align).max(1);
-        move |index| (index * step).min(len)..((index + 1) * step).min(len)
-    }
 }
 
 impl fmt::Debug for Exec<'_> {
@@ -374,27 +365,6 @@ mod tests {
                 },
             );
             assert_eq!(out, (1..=(num_rows * num_columns) as u32).collect::<Vec<_>>());
-        }
-    }
-
-    #[test]
-    fn ranges_cover_everything_once() {
-        for threads in [1, 2, 5] {
-            let pool = Threads(threads);
-            let exec = Exec::single().with_pool(&pool);
-            for len in [0, 1, 63, 64, 65, 1000] {
-                let ranges = exec.ranges(len, 16, 32);
-                let mut next = 0;
-                for index in 0.. {
-                    let range = ranges(index);
-                    if range.is_empty() {
-                        break;
-                    }
-                    assert_eq!(range.start, next);
-                    next = range.end;
-                }
-                assert_eq!(next, len);
-            }
         }
     }
 }

@@ -6,6 +6,7 @@ use std::ffi::c_void;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::Mutex;
 
+use pt_quant::delta::DeltaWorkspace;
 use pt_quant::dense::Workspace;
 use pt_quant::{Exec, Pool};
 
@@ -52,12 +53,19 @@ pub(crate) fn exec() -> Exec<'static> {
     Exec::single().with_pool(&TorchPool)
 }
 
-/// This thread's scratch memory for products.
+thread_local! {
+    static WORKSPACE: RefCell<Workspace> = RefCell::new(Workspace::new());
+    static DELTA_WORKSPACE: RefCell<DeltaWorkspace> = RefCell::new(DeltaWorkspace::new());
+}
+
+/// This thread's scratch memory for products. `work` is one product: it asks for no scratch itself.
 pub(crate) fn with_workspace<T>(work: impl FnOnce(&mut Workspace) -> T) -> T {
-    thread_local! {
-        static WORKSPACE: RefCell<Workspace> = RefCell::new(Workspace::new());
-    }
     WORKSPACE.with(|workspace| work(&mut workspace.borrow_mut()))
+}
+
+/// As [`with_workspace`], for products with 1-bit deltas.
+pub(crate) fn with_delta_workspace<T>(work: impl FnOnce(&mut DeltaWorkspace) -> T) -> T {
+    DELTA_WORKSPACE.with(|workspace| work(&mut workspace.borrow_mut()))
 }
 
 #[cfg(test)]

@@ -1,8 +1,10 @@
 //! Linear weights, however they are stored.
 
+mod delta;
 mod dense;
 mod nf4;
 
+pub use delta::{DeltaWeight, fit_delta};
 pub use dense::DenseWeight;
 pub use nf4::{Nf4Arithmetic, Nf4Options, Nf4Weight, nf4_tensors};
 
