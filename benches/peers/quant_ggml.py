@@ -120,7 +120,7 @@ class Product:
             data = values.view(numpy.uint8).reshape(-1)
         else:
             quantize_chunk(kind, values.ctypes.data, data.ctypes.data, 0, n, k, None)
-        context = init(InitParameters(1 << 22, None, True))
+        context = init(InitParameters(copies * (1 << 18) + (1 << 20), None, True))
         buffers = []
         x = new_tensor_2d(context, 0, k, m)
         self.graphs = []
@@ -201,7 +201,7 @@ def main() -> None:
 
     version = importlib.metadata.version("llama-cpp-python")
     names = [buffer_type_name(kind).decode() for kind in buffer_types(BACKEND)]
-    serve({"llama_cpp_python": version, "threads": arguments.threads, "buffers": names}, prepare, release)
+    serve({"llama_cpp_python": version, "buffers": names}, arguments.threads, prepare, release)
 
 
 if __name__ == "__main__":

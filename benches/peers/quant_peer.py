@@ -11,13 +11,15 @@ class Skip(Exception):
     """Why a case cannot be measured here."""
 
 
-def serve(versions: dict, prepare: Callable[[dict], Callable[[int], object]], release=lambda: None) -> None:
+def serve(
+    versions: dict, threads: int, prepare: Callable[[dict], Callable[[int], object]], release=lambda: None
+) -> None:
     """Answers until the input ends. `prepare` makes a call of a case; the call gets the number of the turn, to go round
     copies of its weights with."""
     gc.disable()
     calls: list[Callable[[int], object] | None] = []
     turns: list[int] = []
-    print(json.dumps(versions), flush=True)
+    print(json.dumps({**versions, "threads": threads}), flush=True)
     for line in sys.stdin:
         request = json.loads(line)
         if request["do"] == "drop":
@@ -39,9 +41,14 @@ def serve(versions: dict, prepare: Callable[[dict], Callable[[int], object]], re
             # What a call through ctypes costs by itself is ours to take off: see `overhead` of the call.
             overhead = getattr(call, "overhead", 0.0)
             for index in range(request["warm_up"] + request["calls"]):
+                before = time.process_time_ns()
                 start = time.perf_counter_ns()
                 call(turn + index)
                 took = time.perf_counter_ns() - start
+                # Other programs interrupt a long call, however often it is repeated: on one thread, what counts of it
+                # is the processor's time. Ours is timed in the same way.
+                if threads == 1 and took > 1_000_000:
+                    took = time.process_time_ns() - before
                 if index >= request["warm_up"]:
                     seconds.append(max(took * 1e-9 - overhead, 1e-9))
             turns[handle] = turn + len(seconds) + request["warm_up"]

@@ -234,7 +234,7 @@ def main() -> None:
 
     torch.set_grad_enabled(True)
     versions = {"torch": torch.__version__.split("+")[0], "bitsandbytes": bitsandbytes.__version__}
-    serve({**versions, "threads": torch.get_num_threads(), "isa": torch.backends.cpu.get_cpu_capability()}, prepare)
+    serve({**versions, "isa": torch.backends.cpu.get_cpu_capability()}, torch.get_num_threads(), prepare)
 
 
 if __name__ == "__main__":

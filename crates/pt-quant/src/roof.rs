@@ -1,4 +1,4 @@
-//! What memory can do at best: the roofs that benchmarks hold kernels against, in the same run and on the same threads.
+//! What memory and arithmetic can do at best: the roofs that benchmarks hold kernels against, in the same run and on the same threads.
 
 use core::sync::atomic::{AtomicU32, Ordering};
 
@@ -37,6 +37,28 @@ pub fn copy(from: &[f32], to: &mut [f32], exec: &Exec<'_>) -> Result<(), QuantEr
     Ok(())
 }
 
+/// `operations` multiplications and additions of f32 in registers, at least.
+#[must_use]
+pub fn multiply_f32(operations: usize, exec: &Exec<'_>) -> u32 {
+    multiply(kernels(exec.isa()).multiply_f32, operations, exec)
+}
+
+/// As [`multiply_f32`], of bf16 with sums in f32, where the processor has instructions for that.
+#[must_use]
+pub fn multiply_bf16(operations: usize, exec: &Exec<'_>) -> u32 {
+    multiply(kernels(exec.isa()).multiply_bf16, operations, exec)
+}
+
+fn multiply(kernel: fn(usize) -> u32, operations: usize, exec: &Exec<'_>) -> u32 {
+    let all = AtomicU32::new(0);
+    let tasks = operations.div_ceil(OPERATIONS);
+    exec.for_each(tasks, |_| _ = all.fetch_xor(kernel(operations.div_ceil(tasks)), Ordering::Relaxed));
+    all.into_inner()
+}
+
+/// Operations that a thread takes at a time.
+const OPERATIONS: usize = 1 << 21;
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -48,6 +70,7 @@ mod tests {
     fn roofs_read_write_and_copy_everything() {
         for isa in Isa::available() {
             let exec = Exec::single().with_isa(isa).unwrap();
+            let _ = (multiply_f32(OPERATIONS + 1, &exec), multiply_bf16(1, &exec), multiply_f32(0, &exec));
             for len in [0, 1, 15, 16, 17, 100, CHUNK - 1, CHUNK + 77] {
                 let data: Vec<f32> = (0..len).map(|index| index as f32 + 0.5).collect();
                 let expected = data.iter().fold(0, |all, value| all ^ value.to_bits());

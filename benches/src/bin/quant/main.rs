@@ -51,11 +51,13 @@ fn main() -> Result<()> {
     let setting = json!({"isa": Isa::detect().name(), "rows": args.row});
     let mut record = Record::new("quant", setting)?;
     let mut lines = Vec::new();
+    let mut outcome = Ok(());
     for threads in all_threads {
-        measure(&args, threads, cores, &mut |line| {
+        let measured = measure(&args, threads, cores, &mut |line| {
             record.add(line.clone());
             lines.push(line);
-        })?;
+        });
+        outcome = outcome.and(measured);
     }
     let contests: Vec<Value> = lines.into_iter().filter(|line| line["row"].is_number()).collect();
     let table = table::markdown(&contests);
@@ -65,7 +67,8 @@ fn main() -> Result<()> {
     std::fs::write(&path, format!("# pt-quant against its anchors\n\n{table}"))
         .with_context(|| format!("cannot write {}", path.display()))?;
     println!("written to {}", path.display());
-    Ok(())
+    // What was measured before a failure is kept.
+    outcome
 }
 
 /// Runs this program again for one number of threads, pinned to the last core when that is one.

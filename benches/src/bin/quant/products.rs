@@ -161,8 +161,18 @@ fn at_8(m: usize, targets: Targets) -> Targets {
     if m == 8 { targets } else { NONE }
 }
 
+/// As many multiplications and additions, in registers.
+fn multiply_roof<T: Named>(bench: &Bench, operations: usize) -> impl FnMut() + 'static {
+    let (exec, is_f32) = (bench.exec(), T::NAME == "f32");
+    let roof = if is_f32 { roof::multiply_f32 } else { roof::multiply_bf16 };
+    move || _ = black_box(roof(operations, &exec))
+}
+
+const MULTIPLY: &str = "as many operations in registers (roof)";
+
 fn few_f32(bench: &mut Bench, m: usize) -> Result<()> {
     let (n, k) = SHAPES[0];
+    let roof = multiply_roof::<f32>(bench, 2 * m * n * k);
     let matrices = some_matrices(bench, n, k, false, ScaleFormat::F32)?;
     forward::<f32>(bench, (9, "product in f32"), &matrices, m, Arithmetic::F32)
         .torch("torch linear, dense f32", linear::<f32>(n, k, m, false), at_8(m, (Some(3.0), Some(5.0))))
@@ -171,16 +181,19 @@ fn few_f32(bench: &mut Bench, m: usize) -> Result<()> {
             json!({"kind": "matmul_op", "dtype": "f32", "n": n, "k": k, "m": m}),
             at_8(m, (Some(15.0), Some(25.0))),
         )
+        .here(MULTIPLY, roof, NONE)
         .run()
 }
 
 fn few_bf16(bench: &mut Bench, m: usize) -> Result<()> {
     let (n, k) = SHAPES[0];
+    let roof = multiply_roof::<Bf16>(bench, 2 * m * n * k);
     let matrices = some_matrices(bench, n, k, false, ScaleFormat::F32)?;
     forward::<Bf16>(bench, (10, "product in bf16"), &matrices, m, Arithmetic::Bf16)
         .torch("bitsandbytes' fused C function", fused(n, k, m, false), at_8(m, (Some(1.0), Some(1.4))))
         .torch("torch linear, dense bf16", linear::<Bf16>(n, k, m, false), at_8(m, (Some(1.9), Some(3.0))))
         .ggml("llama.cpp IQ4_NL", ggml("iq4_nl", n, k, m, 0.5625, false), NONE)
+        .here(MULTIPLY, roof, NONE)
         .run()
 }
 
@@ -191,6 +204,7 @@ fn packed<T: Named>(n: usize, k: usize, m: usize) -> serde_json::Value {
 
 fn many_f32(bench: &mut Bench) -> Result<()> {
     let ((n, k), m) = (SHAPES[0], 128);
+    let roof = multiply_roof::<f32>(bench, 2 * m * n * k);
     let matrices = some_matrices(bench, n, k, false, ScaleFormat::F32)?;
     forward::<f32>(bench, (11, "product in f32"), &matrices, m, Arithmetic::F32)
         .torch("torch linear, dense f32", linear::<f32>(n, k, m, false), (Some(1.8), Some(2.3)))
@@ -200,17 +214,20 @@ fn many_f32(bench: &mut Bench) -> Result<()> {
             (Some(2.5), Some(4.0)),
         )
         .torch("oneDNN, dense f32, rearranged beforehand", packed::<f32>(n, k, m), NONE)
+        .here(MULTIPLY, roof, NONE)
         .run()
 }
 
 fn many_bf16(bench: &mut Bench) -> Result<()> {
     let ((n, k), m) = (SHAPES[0], 128);
+    let roof = multiply_roof::<Bf16>(bench, 2 * m * n * k);
     let matrices = some_matrices(bench, n, k, false, ScaleFormat::F32)?;
     forward::<Bf16>(bench, (11, "product in bf16"), &matrices, m, Arithmetic::Bf16)
         .torch("torch linear, dense bf16", linear::<Bf16>(n, k, m, false), (Some(0.9), Some(1.05)))
         .torch("bitsandbytes' fused C function", fused(n, k, m, false), (Some(1.15), Some(1.35)))
         .torch("oneDNN, dense bf16, rearranged beforehand", packed::<Bf16>(n, k, m), NONE)
         .ggml("llama.cpp IQ4_NL", ggml("iq4_nl", n, k, m, 0.5625, false), NONE)
+        .here(MULTIPLY, roof, NONE)
         .run()
 }
 
@@ -221,6 +238,7 @@ fn backward<T: Named + Element>(bench: &mut Bench, m: usize) -> Result<()> {
     let arithmetic = if T::NAME == "f32" { Arithmetic::F32 } else { Arithmetic::Bf16 };
     let grad: Vec<T> = converted(&numbers(m * n, 1.0, 7));
     let mut out: Vec<T> = converted(&vec![0.0; m * k]);
+    let roof = multiply_roof::<T>(bench, 2 * m * n * k);
     let options = ProductOptions { arithmetic, bias: None, output: Output::Replace };
     let mut workspace = Workspace::new();
     let call = || {
@@ -240,5 +258,6 @@ fn backward<T: Named + Element>(bench: &mut Bench, m: usize) -> Result<()> {
             json!({"kind": "matmul_backward", "dtype": T::NAME, "n": n, "k": k, "m": m}),
             targets,
         )
+        .here(MULTIPLY, roof, NONE)
         .run()
 }

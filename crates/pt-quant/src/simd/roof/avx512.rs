@@ -11,6 +11,10 @@ use core::arch::x86_64::*;
 use super::Kernels;
 
 pub(super) static KERNELS: Kernels = Kernels {
+    // SAFETY: as for `read` below.
+    multiply_f32: |operations| unsafe { multiply_f32(operations) },
+    // SAFETY: as for `read` below.
+    multiply_bf16: |operations| unsafe { multiply_f32(operations) },
     // SAFETY: handed out by `kernels` only for levels that an `Exec` has found on this processor.
     read: |data| unsafe { read(data) },
     // SAFETY: as for `read`.
@@ -18,6 +22,46 @@ pub(super) static KERNELS: Kernels = Kernels {
     // SAFETY: as for `read`.
     copy: |from, to| unsafe { copy(from, to) },
 };
+
+pub(super) static KERNELS_BF16: Kernels = Kernels {
+    // SAFETY: as for `read` above; this level has AVX-512 BF16.
+    multiply_bf16: |operations| unsafe { multiply_bf16(operations) },
+    ..KERNELS
+};
+
+/// Sums side by side: enough to hide how long one addition takes.
+const SUMS: usize = 24;
+
+#[target_feature(enable = "avx512f")]
+fn multiply_f32(operations: usize) -> u32 {
+    let factor = _mm512_set1_ps(core::hint::black_box(0.5));
+    let mut sums = [factor; SUMS];
+    for _ in 0..operations.div_ceil(2 * 16 * SUMS) {
+        for sum in &mut sums {
+            *sum = _mm512_fmadd_ps(*sum, factor, factor);
+        }
+    }
+    bits(sums)
+}
+
+#[target_feature(enable = "avx512f,avx512bf16")]
+fn multiply_bf16(operations: usize) -> u32 {
+    let halves = _mm512_set1_ps(core::hint::black_box(0.5));
+    let factor = _mm512_cvtne2ps_pbh(halves, halves);
+    let mut sums = [halves; SUMS];
+    for _ in 0..operations.div_ceil(2 * 32 * SUMS) {
+        for sum in &mut sums {
+            *sum = _mm512_dpbf16_ps(*sum, factor, factor);
+        }
+    }
+    bits(sums)
+}
+
+#[target_feature(enable = "avx512f")]
+fn bits(sums: [__m512; SUMS]) -> u32 {
+    let total = sums.into_iter().fold(_mm512_setzero_ps(), |total, sum| _mm512_add_ps(total, sum));
+    _mm512_reduce_add_ps(total).to_bits()
+}
 
 #[target_feature(enable = "avx512f")]
 fn read(data: &[f32]) -> u32 {
