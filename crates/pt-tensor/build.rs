@@ -12,7 +12,10 @@ fn main() {
     println!("cargo:rerun-if-env-changed=LIBTORCH_USE_PYTORCH");
     if let Some(given) = env::var_os("LIBTORCH") {
         // As in link_libtorch.rs: the time of a link counts, so pointing `.libtorch` elsewhere compiles the shim anew.
-        println!("cargo:rerun-if-changed={}", PathBuf::from(given).display());
+        let prefix = PathBuf::from(given);
+        let is_link = std::fs::symlink_metadata(&prefix).is_ok_and(|metadata| metadata.is_symlink());
+        let watched = if is_link { prefix } else { prefix.join("lib/libtorch_cpu.so") };
+        println!("cargo:rerun-if-changed={}", watched.display());
     }
     let Some(prefix) = libtorch_prefix() else {
         println!(

@@ -7,6 +7,7 @@ pub(crate) enum Task {
     Setup,
     Fetch { names: Vec<String> },
     Test { extra: Vec<String> },
+    TestNeon,
     Demo { extra: Vec<String> },
     Golden { area: Option<String>, regenerate: bool },
     Bench { suites: Vec<String>, peers: bool, extra: Vec<String> },
@@ -15,7 +16,7 @@ pub(crate) enum Task {
 }
 
 /// Name, arguments, summary, details.
-const TASKS: [(&str, &str, &str, &str); 8] = [
+const TASKS: [(&str, &str, &str, &str); 9] = [
     (
         "setup",
         "",
@@ -35,7 +36,13 @@ const TASKS: [(&str, &str, &str, &str); 8] = [
         "[CARGO TEST ARGUMENTS..]",
         "set up, fetch the small model, run every test",
         "Without -p, the whole workspace with doc tests. All arguments go to `cargo test`. The last line is\n\
-         `N passed, N failed`.",
+         `N passed, N failed`. On x86-64 Linux the kernels for 64-bit Arm are run too where `test-neon` can.",
+    ),
+    (
+        "test-neon",
+        "",
+        "run pt-quant's tests for 64-bit Arm under QEMU",
+        "Needs the target's standard library, a cross linker and qemu-user-static, and says how to get what is missing.",
     ),
     (
         "demo",
@@ -134,6 +141,7 @@ pub(crate) fn parse(arguments: impl Iterator<Item = String>) -> Result<Task, Str
     }
     Ok(match *name {
         "setup" => Task::Setup,
+        "test-neon" => Task::TestNeon,
         "fetch" => Task::Fetch { names: words },
         "demo" => match words.first().map(String::as_str) {
             None | Some("sft") => Task::Demo { extra },

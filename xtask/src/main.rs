@@ -7,6 +7,7 @@ mod bench;
 mod demo;
 mod fetch;
 mod golden;
+mod neon;
 mod process;
 mod setup;
 mod test;
@@ -46,6 +47,7 @@ fn run(task: Task) -> Result<()> {
         Task::Setup => setup::setup().map(drop),
         Task::Fetch { names } => fetch::fetch(&names),
         Task::Test { extra } => test::test(&extra),
+        Task::TestNeon => neon::test(),
         Task::Demo { extra } => demo::sft(&extra),
         Task::Golden { area, regenerate } => golden::golden(area.as_deref(), regenerate),
         Task::Bench { suites, peers, extra } => bench::bench(&suites, peers, &extra),

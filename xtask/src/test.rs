@@ -6,7 +6,7 @@ use std::process::{Command, Stdio};
 use anyhow::{Context, Result, bail};
 
 use crate::process::{cargo, describe};
-use crate::{fetch, setup};
+use crate::{fetch, neon, setup};
 
 /// The model that integration tests load.
 const MODEL: &str = "smollm2-135m-instruct";
@@ -17,7 +17,10 @@ pub(crate) fn test(extra: &[String]) -> Result<()> {
     let model = fetch::one(MODEL)?;
     let mut command = cargo(&libtorch);
     command.arg("test").args(selection(extra)).args(extra).env("PT_TEST_MODEL", model);
-    run_counted(&mut command).map(drop)
+    // First, so that the count of the whole workspace is the last line; a failure is told after it.
+    let on_arm = if extra.is_empty() { neon::test_where_possible() } else { Ok(()) };
+    run_counted(&mut command)?;
+    on_arm
 }
 
 /// What goes before the user's arguments: the whole workspace unless packages are named, and every binary

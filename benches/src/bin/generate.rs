@@ -2,11 +2,11 @@
 //!
 //! Each measurement is a process of its own; ours and the peers' alternate, round by round, and medians close the record.
 
-use anyhow::Result;
+use anyhow::{Result, bail};
 use clap::Parser;
 use pt_benches::{Record, json_of, llama_cpp_python, median, medians, model_path, peer_model, ratios, rows};
-use pt_model::{Bare, CausalLm, GenerateConfig, Pretrained, Sites, generate};
-use pt_tensor::{Device, parse_kind, peak_memory_bytes, set_num_threads};
+use pt_model::{Bare, CausalLm, GenerateConfig, LinearFormat, Pretrained, Sites, generate};
+use pt_tensor::{Device, Nf4Arithmetic, Nf4Options, parse_kind, peak_memory_bytes, set_num_threads};
 use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -30,6 +30,9 @@ struct Args {
     /// Only f32 or bf16.
     #[arg(long)]
     dtype: Option<String>,
+    /// How the linear layers are held in a single measurement.
+    #[arg(long, hide = true, default_value = "dense")]
+    weights: String,
     /// Measure once in this process and print JSON.
     #[arg(long, hide = true)]
     once: bool,
@@ -39,6 +42,9 @@ const PROMPT: usize = 128;
 const NEW_TOKENS: usize = 128;
 const PREFILL: [usize; 2] = [128, 512];
 
+/// How we hold the linear layers: as they are loaded, in NF4, and in NF4 with 8-bit activations and the output layer too.
+const OWN_WEIGHTS: [&str; 3] = ["dense", "nf4", "nf4-int8"];
+
 /// What llama.cpp runs: the file as it is, and its own conversions of it.
 const LLAMA_CPP_WEIGHTS: [&str; 4] = ["as shipped", "F16", "Q4_0", "IQ4_NL"];
 
@@ -46,7 +52,7 @@ fn main() -> Result<()> {
     let args = Args::parse();
     if args.once {
         let threads = args.threads.first().copied().unwrap_or(1);
-        return once(args.dtype.as_deref().unwrap_or("f32"), threads, args.repeats);
+        return once(args.dtype.as_deref().unwrap_or("f32"), &args.weights, threads, args.repeats);
     }
     let cores = std::thread::available_parallelism()?.get();
     let mut all_threads = if args.threads.is_empty() { vec![1, cores] } else { args.threads.clone() };
@@ -59,7 +65,9 @@ fn main() -> Result<()> {
         let mut tools = Vec::new();
         for dtype in ["f32", "bf16"] {
             if args.dtype.as_deref().is_none_or(|only| only == dtype) {
-                tools.push(own(dtype, threads, args.repeats)?);
+                for weights in OWN_WEIGHTS {
+                    tools.push(own(dtype, weights, threads, args.repeats)?);
+                }
                 if let Some(python) = &args.peers {
                     tools.push(transformers(python, dtype, threads, args.repeats)?);
                 }
@@ -99,11 +107,13 @@ impl Tool {
     }
 }
 
-fn own(dtype: &str, threads: usize, repeats: usize) -> Result<Tool> {
+fn own(dtype: &str, weights: &str, threads: usize, repeats: usize) -> Result<Tool> {
     let mut command = Command::new(std::env::current_exe()?);
-    command.args(["--once", "--dtype", dtype]);
+    command.args(["--once", "--dtype", dtype, "--weights", weights]);
     command.args(["--repeats", &repeats.to_string(), "--threads", &threads.to_string()]);
-    Ok(Tool::new("pt", dtype, command))
+    // transformers has the same number formats: it is compared with what is named as it is there.
+    let name = if weights == "dense" { dtype.to_owned() } else { format!("{dtype} {weights}") };
+    Ok(Tool::new("pt", &name, command))
 }
 
 fn script(python: &Path, name: &str, threads: usize, repeats: usize) -> Command {
@@ -162,11 +172,18 @@ fn sum_up(record: &mut Record, tools: &[Tool], threads: usize) {
     }
 }
 
-fn once(dtype: &str, threads: usize, repeats: usize) -> Result<()> {
+fn once(dtype: &str, weights: &str, threads: usize, repeats: usize) -> Result<()> {
     set_num_threads(threads as i32);
     let kind = parse_kind(dtype)?.kind(Device::Cpu);
     let pretrained = Pretrained::open(model_path()?)?;
-    let model = CausalLm::load(&pretrained, Device::Cpu, kind)?;
+    let nf4 = |arithmetic, with_output| LinearFormat::Nf4 { options: Nf4Options::default(), arithmetic, with_output };
+    let format = match weights {
+        "dense" => LinearFormat::AsStored,
+        "nf4" => nf4(Nf4Arithmetic::Exact, false),
+        "nf4-int8" => nf4(Nf4Arithmetic::Int8, true),
+        other => bail!("--weights {other}: expected one of {OWN_WEIGHTS:?}"),
+    };
+    let model = CausalLm::load_with(&pretrained, Device::Cpu, kind, format)?;
     let bare: Rc<dyn Sites> = Rc::new(Bare);
     let ids: Vec<i64> = rows(40).into_iter().flat_map(|row| row.prompt).collect();
     let prompt = |row: usize, len: usize| ids[row * 7..row * 7 + len].to_vec();

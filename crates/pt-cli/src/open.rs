@@ -42,7 +42,7 @@ pub(crate) struct ModelArgs {
 enum WeightFormat {
     /// As the checkpoint has them
     AsStored,
-    /// In 4 bits (NF4, blocks of 64, double quantization) but for the output layer, multiplied in --dtype
+    /// In 4 bits (NF4, blocks of 64) but for the output layer, multiplied in --dtype
     Nf4,
     /// In 4 bits with the output layer, and activations in 8 bits on the CPU: fastest, less exact
     Nf4Int8,

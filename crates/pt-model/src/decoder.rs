@@ -340,9 +340,14 @@ impl CausalLm {
 
     /// Linear layers with a weight of their own: a tied output layer is left out, one that a merge has untied is not.
     fn own_linears(&self) -> impl Iterator<Item = &Linear> {
-        let is_embedding =
-            |linear: &Linear| linear.weight.parameter().is_some_and(|w| w.data_ptr() == self.embedding.data_ptr());
-        self.linear_layers().filter(move |linear| linear.path != "lm_head" || !is_embedding(linear))
+        self.linear_layers().filter(|linear| linear.path != "lm_head" || !self.is_output_tied())
+    }
+
+    /// Whether the output layer is the embedding, or a 4-bit copy of it; merging gives it a dense weight of its own.
+    fn is_output_tied(&self) -> bool {
+        let weight = &self.lm_head.weight;
+        let is_embedding = weight.parameter().is_some_and(|w| w.data_ptr() == self.embedding.data_ptr());
+        self.config.tie_word_embeddings && (is_embedding || weight.as_nf4().is_some())
     }
 
     /// Every parameter by its Hugging Face name, in the file's layout. A tied output layer is left out; one that a
@@ -365,12 +370,23 @@ impl CausalLm {
         Ok(all)
     }
 
-    /// A parameter by its Hugging Face name; for the output layer also where it is tied.
+    /// A parameter by its Hugging Face name, in the file's layout; for the output layer also where it is tied. Only this one is decoded
+    /// if it is quantized.
     pub fn parameter(&self, path: &str) -> Option<Tensor> {
-        if path == "lm_head.weight" {
-            return self.lm_head.weight.dense().ok();
+        if let Some((_, tensor)) = self.plain_parameters().into_iter().find(|(name, _)| name == path) {
+            return Some(tensor);
         }
-        self.named_parameters().ok()?.into_iter().find(|(name, _)| name == path).map(|(_, tensor)| tensor)
+        let (module, part) = path.rsplit_once('.')?;
+        let linear = self.linear_layers().find(|linear| linear.path == module)?;
+        match part {
+            "weight" if module == "lm_head" && self.is_output_tied() => Some(self.embedding.shallow_clone()),
+            "weight" => {
+                let dense = linear.weight.dense().ok()?;
+                Some(if linear.is_transposed_in_file { dense.tr() } else { dense })
+            }
+            "bias" => linear.bias.as_ref().map(Tensor::shallow_clone),
+            _ => None,
+        }
     }
 
     /// Makes every weight a trained leaf, for full fine-tuning; returns them by name, linear weights as

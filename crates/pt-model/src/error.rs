@@ -265,7 +265,10 @@ impl ModelError {
             Self::UnexpectedTensors { .. } => Some("config.json may belong to another model, or the checkpoint holds an adapter or a head: load those with --adapter".into()),
             Self::NonFinite { .. } => Some("the weights or the adapter hold NaN or infinity, or f16 overflows: try --dtype bf16 or f32".into()),
             Self::InUse => Some("drop the losses of earlier steps before weights are exchanged".into()),
-            Self::Argument { .. } | Self::Unsupported { .. } => None,
+            Self::Unsupported { .. } => {
+                Some("a dense checkpoint of the model can do it; `pt merge` writes one, of 4-bit weights too".into())
+            }
+            Self::Argument { .. } => None,
         }
     }
 

@@ -82,6 +82,7 @@ impl Pretrained {
             return Err(ModelError::NotAModel { path: path.into(), reason: "the folder has no config.json".into() });
         }
         let config = ModelConfig::from_file(&path.join("config.json"))?;
+        refuse_other_quantization(path, &config)?;
         let tokenizer = path.join("tokenizer.json").exists().then(|| Tokenizer::from_file(path)).transpose()?;
         let chat_template = ChatTemplate::from_folder(path)?;
         let tensors = Box::new(FolderTensors::open(path, &config)?);
@@ -104,6 +105,19 @@ impl Pretrained {
         let tensors = Box::new(GgufTensors::new(gguf, &config)?);
         Ok(Self { path: path.into(), config, tokenizer, chat_template, tensors })
     }
+}
+
+/// Weights quantized in a way that is not read would only be missing or left over by name.
+fn refuse_other_quantization(path: &Path, config: &ModelConfig) -> Result<()> {
+    let Some(quantization) = config.raw.get("quantization_config").filter(|value| !value.is_null()) else {
+        return Ok(());
+    };
+    let method = quantization["quant_method"].as_str().unwrap_or("unnamed");
+    if method == "bitsandbytes" && quantization["load_in_8bit"] != true {
+        return Ok(());
+    }
+    let reason = format!("its weights are quantized by `{method}`; only dense ones and bitsandbytes' 4 bits are read");
+    Err(ModelError::NotAModel { path: path.into(), reason })
 }
 
 /// Reads a JSON file.

@@ -9,7 +9,7 @@ use serde_json::{Map, Value, json};
 /// The tensors of a checkpoint with its linear layers in NF4, and a `config.json` that says so: what transformers with
 /// bitsandbytes saves, and loads. Embeddings, norms and the output layer stay in `kind`, which is also what products are to be computed in.
 ///
-/// One dense tensor is in memory at a time; `on_tensor` hears the name of each, and how many there are.
+/// One linear layer's dense weight is in memory at a time; `on_tensor` hears the name of each, and how many there are.
 ///
 /// # Errors
 /// [`ModelError::Unsupported`] for a checkpoint that is quantized already; those of reading it.

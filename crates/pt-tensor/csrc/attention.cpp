@@ -402,7 +402,7 @@ extern "C" {
 
 void pt_attention(int is_bf16, const void* query, const void* key, const void* value, void* out, float* row_lse,
                   const PtSpan* spans, int64_t num_spans, int64_t tokens, int64_t heads, int64_t kv_heads, int64_t dim,
-                  int64_t window, float scale) {
+                  int64_t window, float scale) noexcept {
   Shape shape{tokens, heads, kv_heads, dim, window, scale};
   if (is_bf16)
     attention((const Bf16*)query, (const Bf16*)key, (const Bf16*)value, (Bf16*)out, row_lse, spans, num_spans, shape);
@@ -415,7 +415,7 @@ void pt_attention(int is_bf16, const void* query, const void* key, const void* v
 void pt_attention_backward(int is_bf16, const void* query, const void* key, const void* value, const void* out,
                            const void* grad_out, const float* row_lse, void* grad_query, void* grad_key,
                            void* grad_value, const PtSpan* spans, const int64_t* families, int64_t num_families,
-                           int64_t tokens, int64_t heads, int64_t kv_heads, int64_t dim, int64_t window, float scale) {
+                           int64_t tokens, int64_t heads, int64_t kv_heads, int64_t dim, int64_t window, float scale) noexcept {
   Shape shape{tokens, heads, kv_heads, dim, window, scale};
   if (is_bf16)
     attention_backward<Bf16>({(const Bf16*)query, (const Bf16*)out, (const Bf16*)grad_out, row_lse, (Bf16*)grad_query,

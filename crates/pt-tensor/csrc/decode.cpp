@@ -164,7 +164,7 @@ void decode(const T* query, const T* key, const T* value, T* keys, T* values, T*
 
 extern "C" void pt_decode_attention(int is_bf16, const void* query, const void* key, const void* value, void* keys,
                                     void* values, void* out, const PtSlot* slots, int64_t rows, int64_t capacity,
-                                    int64_t heads, int64_t kv_heads, int64_t dim, float scale) {
+                                    int64_t heads, int64_t kv_heads, int64_t dim, float scale) noexcept {
   Shape shape{capacity, heads, kv_heads, dim, scale};
   if (is_bf16)
     decode((const Bf16*)query, (const Bf16*)key, (const Bf16*)value, (Bf16*)keys, (Bf16*)values, (Bf16*)out, slots,

@@ -132,7 +132,7 @@ void rows_in_parallel(int64_t rows, int64_t row_elements, const F& body) {
 
 extern "C" {
 
-void pt_rms_norm(int is_bf16, const void* x, const void* w, void* y, float* rstd, int64_t rows, int64_t n, float eps) {
+void pt_rms_norm(int is_bf16, const void* x, const void* w, void* y, float* rstd, int64_t rows, int64_t n, float eps) noexcept {
   rows_in_parallel(rows, n, [&](int64_t a, int64_t b) {
     if (is_bf16)
       rms_bf16((const Bf16*)x + a * n, (const Bf16*)w, (Bf16*)y + a * n, rstd + a, b - a, n, eps);
@@ -142,7 +142,7 @@ void pt_rms_norm(int is_bf16, const void* x, const void* w, void* y, float* rstd
 }
 
 void pt_rms_norm_backward(int is_bf16, const void* g, const void* x, const void* w, const float* rstd, void* dx,
-                          int64_t rows, int64_t n) {
+                          int64_t rows, int64_t n) noexcept {
   rows_in_parallel(rows, n, [&](int64_t a, int64_t b) {
     if (is_bf16)
       rms_backward_bf16((const Bf16*)g + a * n, (const Bf16*)x + a * n, (const Bf16*)w, rstd + a, (Bf16*)dx + a * n,
@@ -153,7 +153,7 @@ void pt_rms_norm_backward(int is_bf16, const void* g, const void* x, const void*
   });
 }
 
-void pt_swiglu(int is_bf16, const void* gate, const void* up, void* y, int64_t count) {
+void pt_swiglu(int is_bf16, const void* gate, const void* up, void* y, int64_t count) noexcept {
   rows_in_parallel(count, 1, [&](int64_t a, int64_t b) {
     if (is_bf16)
       swiglu_bf16((const Bf16*)gate + a, (const Bf16*)up + a, (Bf16*)y + a, b - a);
@@ -163,7 +163,7 @@ void pt_swiglu(int is_bf16, const void* gate, const void* up, void* y, int64_t c
 }
 
 void pt_swiglu_backward(int is_bf16, const void* dy, const void* gate, const void* up, void* dgate, void* dup,
-                        int64_t count) {
+                        int64_t count) noexcept {
   rows_in_parallel(count, 1, [&](int64_t a, int64_t b) {
     if (is_bf16)
       swiglu_backward_bf16((const Bf16*)dy + a, (const Bf16*)gate + a, (const Bf16*)up + a, (Bf16*)dgate + a,
@@ -176,7 +176,7 @@ void pt_swiglu_backward(int is_bf16, const void* dy, const void* gate, const voi
 
 // A tile of logits [rows][n] of the ids [first, first + n); labels, max, others, label_logits and rescale are [rows].
 void pt_softmax_tile(int is_bf16, void* x, int64_t rows, int64_t n, float scale, const int64_t* labels, int64_t first,
-                     float* max, float* others, float* label_logits, float* rescale) {
+                     float* max, float* others, float* label_logits, float* rescale) noexcept {
   rows_in_parallel(rows, n, [&](int64_t a, int64_t b) {
     if (is_bf16)
       softmax_bf16((Bf16*)x + a * n, b - a, n, scale, labels + a, first, max + a, others + a, label_logits + a,
@@ -189,7 +189,7 @@ void pt_softmax_tile(int is_bf16, void* x, int64_t rows, int64_t n, float scale,
 
 // sign = 1 rotates, sign = -1 rotates back (the backward pass).
 void pt_rotary(int is_bf16, const void* x, const float* cos, const float* sin, void* y, int64_t rows, int64_t heads,
-               int64_t head_dim, float sign) {
+               int64_t head_dim, float sign) noexcept {
   int64_t n = heads * head_dim, half = head_dim / 2;
   rows_in_parallel(rows, n, [&](int64_t a, int64_t b) {
     if (is_bf16)

@@ -1,6 +1,7 @@
 // What tch does not bind: backward passes written elsewhere, gradients against given output gradients, and the
 // state of random generators. Every entry point catches: no C++ exception crosses into Rust, and the Rust
-// callbacks return errors as strings, so no panic crosses into C++.
+// callbacks return errors as strings, so no panic crosses into C++. The kernels in the other files allocate nothing but
+// scratch and are `noexcept`: should there be no memory for it, the process ends.
 
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/Parallel.h>
@@ -135,12 +136,12 @@ char* pt_set_cpu_generator_state(at::Tensor* state) {
 }
 
 // Calls `task(ctx)` `count` times on libtorch's threads; one after the other inside a task. `task` does not throw.
-void pt_parallel(int64_t count, void (*task)(void*), void* ctx) {
+void pt_parallel(int64_t count, void (*task)(void*), void* ctx) noexcept {
   at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) task(ctx);
   });
 }
 
-void pt_free_message(char* message) { free(message); }
+void pt_free_message(char* message) noexcept { free(message); }
 
 }  // extern "C"

@@ -1,12 +1,12 @@
 //! Products with dense weights: the kernels of `pt-quant` where they are faster, libtorch's otherwise.
 
 use pt_quant::dense::{GemmShape, Output, gemm_nt};
-use tch::{Device, Kind, Tensor};
+use tch::{Kind, Tensor};
 
 use crate::Result;
 use crate::fused::is_fusable;
 use crate::pool::{exec, with_workspace};
-use crate::slices::{bf16s, bf16s_mut, f32s, f32s_mut};
+use crate::slices::{NewTensor, bf16s, f32s};
 
 /// The most rows that [`linear`] takes to the kernels of `pt-quant`; libtorch's products are as fast from about there.
 const FEW_ROWS: i64 = 32;
@@ -34,24 +34,26 @@ pub fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tens
     let x = x.contiguous();
     let mut out = x.size();
     *out.last_mut().unwrap_or(&mut 0) = size[0];
-    let mut y = Tensor::empty(out, (x.kind(), Device::Cpu));
+    let mut y = NewTensor::empty(&out, x.kind());
     let output = match bias {
         Some(bias) => {
-            y.f_copy_(bias)?; // broadcast to every row
+            y.copy_from(bias)?; // broadcast to every row
             Output::Add
         }
         None => Output::Replace,
     };
     let shape = GemmShape { rows: x.numel() / size[1] as usize, columns: size[0] as usize, depth: size[1] as usize };
     with_workspace(|workspace| match x.kind() {
-        Kind::Float => gemm_nt(f32s(&x), f32s(weight), f32s_mut(&mut y), shape, output, workspace, &exec()),
-        _ => gemm_nt(bf16s(&x), bf16s(weight), bf16s_mut(&mut y), shape, output, workspace, &exec()),
+        Kind::Float => gemm_nt(f32s(&x), f32s(weight), y.f32s_mut(), shape, output, workspace, &exec()),
+        _ => gemm_nt(bf16s(&x), bf16s(weight), y.bf16s_mut(), shape, output, workspace, &exec()),
     })?;
-    Ok(y)
+    Ok(y.into_tensor())
 }
 
 #[cfg(test)]
 mod tests {
+    use tch::Device;
+
     use super::*;
 
     #[test]

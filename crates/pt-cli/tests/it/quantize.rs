@@ -11,18 +11,7 @@ fn score(workshop: &Workshop, model: &str, more: &[&str]) -> f64 {
 #[test]
 fn a_quantized_checkpoint_is_what_weights_nf4_computes_with() {
     let workshop = Workshop::new();
-    workshop.stdout(&[
-        "quantize",
-        "--model",
-        "model",
-        "--to",
-        "nf4",
-        "--double-quant",
-        "--dtype",
-        "f32",
-        "--output",
-        "4bit",
-    ]);
+    workshop.stdout(&["quantize", "--model", "model", "--to", "nf4", "--dtype", "f32", "--output", "4bit"]);
     let (dense, stored) = (score(&workshop, "model", &[]), score(&workshop, "4bit", &[]));
     let (on_load, int8) =
         (score(&workshop, "model", &["--weights", "nf4"]), score(&workshop, "4bit", &["--weights", "nf4-int8"]));
@@ -31,6 +20,11 @@ fn a_quantized_checkpoint_is_what_weights_nf4_computes_with() {
     assert!((int8 - stored).abs() > 1e-6 && (int8 - stored).abs() < 0.05 * stored.abs(), "{int8} and {stored}");
     let size = |folder: &str| std::fs::metadata(workshop.path(folder).join("model.safetensors")).unwrap().len();
     assert!(size("4bit") < size("model"));
+
+    // Scales in 8 bits are close, and take less.
+    workshop.stdout(&["quantize", "--model", "model", "--double-quant", "--dtype", "f32", "--output", "double"]);
+    let double = score(&workshop, "double", &[]);
+    assert!(double != stored && (double - stored).abs() < 0.05 * stored.abs(), "{double} and {stored}");
 
     // LoRA trains on it and answers with it: QLoRA.
     let mut sft = workshop.sft("run", &["--set", "learning_rate=0.05"]);

@@ -10,7 +10,7 @@ use tch::{Device, Kind, Tensor, no_grad};
 use super::Weight;
 use crate::autograd::attach_backward;
 use crate::pool::{exec, with_delta_workspace};
-use crate::slices::{bf16s, bf16s_mut, f32s, f32s_mut};
+use crate::slices::{NewTensor, bf16s, f32s};
 use crate::{Result, TensorError};
 
 /// The 1-bit delta between two dense weights `[out_features, in_features]`: the signs of `fine_tuned − base` and the mean of its magnitudes
@@ -154,19 +154,19 @@ fn multiply(matrix: &DeltaMatrix, x: &Tensor, product: Product) -> Result<Tensor
     }
     *size.last_mut().unwrap_or(&mut 0) = width as i64;
     let rows = input.numel().checked_div(depth).unwrap_or(0);
-    let mut y = Tensor::empty(size, (kind, Device::Cpu));
+    let mut y = NewTensor::empty(&size, kind);
     let options = DeltaOptions { arithmetic: DeltaArithmetic::F32, output: Output::Replace };
     with_delta_workspace(|workspace| match (kind, product) {
         (Kind::BFloat16, Product::Forward) => {
-            matrix.forward(bf16s(&input), bf16s_mut(&mut y), rows, options, workspace, &exec())
+            matrix.forward(bf16s(&input), y.bf16s_mut(), rows, options, workspace, &exec())
         }
         (Kind::BFloat16, Product::Backward) => {
-            matrix.backward(bf16s(&input), bf16s_mut(&mut y), rows, options, workspace, &exec())
+            matrix.backward(bf16s(&input), y.bf16s_mut(), rows, options, workspace, &exec())
         }
-        (_, Product::Forward) => matrix.forward(f32s(&input), f32s_mut(&mut y), rows, options, workspace, &exec()),
-        (_, Product::Backward) => matrix.backward(f32s(&input), f32s_mut(&mut y), rows, options, workspace, &exec()),
+        (_, Product::Forward) => matrix.forward(f32s(&input), y.f32s_mut(), rows, options, workspace, &exec()),
+        (_, Product::Backward) => matrix.backward(f32s(&input), y.f32s_mut(), rows, options, workspace, &exec()),
     })?;
-    Ok(y.to_kind(x.kind()))
+    Ok(y.into_tensor().to_kind(x.kind()))
 }
 
 /// The parts on a device that has no kernels of ours.

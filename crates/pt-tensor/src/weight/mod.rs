@@ -31,12 +31,13 @@ pub trait Weight: std::fmt::Debug {
     /// When the shapes do not fit.
     fn project(&self, hidden_states: &Tensor, bias: Option<&Tensor>) -> Result<Tensor>;
 
-    /// `grad · W`: the gradient of [`project`](Self::project) to its input, `[.., out_features]` → `[.., in_features]`, without a graph.
+    /// `grad · W`: the gradient of [`project`](Self::project) to its input, `[.., out_features]` → `[.., in_features]`, as a new tensor without
+    /// a graph.
     ///
     /// # Errors
     /// When the shapes do not fit.
     fn project_backward(&self, grad: &Tensor) -> Result<Tensor> {
-        Ok(grad.f_matmul(&self.dense()?)?)
+        tch::no_grad(|| Ok(grad.detach().f_matmul(&self.dense()?.detach())?))
     }
 
     /// Device the weight lives on.

@@ -11,21 +11,22 @@ use super::Weight;
 use crate::autograd::attach_backward;
 use crate::io::SafetensorsReader;
 use crate::pool::{exec, with_workspace};
-use crate::slices::{bf16s, bf16s_mut, f32s, f32s_mut};
+use crate::slices::{NewTensor, bf16s, f32s};
 use crate::{Result, TensorError};
 
-/// How a weight is quantized; the defaults are QLoRA's.
+/// How a weight is quantized; the defaults are bitsandbytes'.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Nf4Options {
     /// Weights that share a scale: a power of two from 32 to 4096.
     pub block_size: usize,
-    /// Quantize the scales too, to 8 bits in blocks of 256: 4.127 instead of 4.5 bits a weight.
+    /// Quantize the scales too, to 8 bits in blocks of 256: 4.127 instead of 4.5 bits a weight in files. In memory scales are f32 either way, so
+    /// this is for what is saved.
     pub double_quant: bool,
 }
 
 impl Default for Nf4Options {
     fn default() -> Self {
-        Self { block_size: 64, double_quant: true }
+        Self { block_size: 64, double_quant: false }
     }
 }
 
@@ -35,12 +36,13 @@ pub enum Nf4Arithmetic {
     /// As if the weight were dequantized to the kind it computes in.
     #[default]
     Exact,
-    /// Activations in 8 bits with a scale for each 64 (W4A8): faster, with a relative error of some 0.6 % an output.
+    /// Activations in 8 bits with a scale for each 64 (W4A8): faster, with a relative error of some 0.6 % an output, which is more than the
+    /// rounding that [`Weight`]'s laws allow. For answering; a backward pass is exact, and so not the gradient of this.
     Int8,
 }
 
 /// A linear weight in NF4 (Dettmers et al. 2023, <https://arxiv.org/abs/2305.14314>): 4-bit codes and one scale a block, the values
-/// of bitsandbytes bit for bit. LoRA over it is QLoRA.
+/// of bitsandbytes bit for bit. LoRA over it is QLoRA. (FP4 checkpoints of bitsandbytes are held the same way.)
 ///
 /// Products on the CPU, forward and backward, decode as they multiply: a dense copy never exists. On other devices the weight is
 /// dequantized by libtorch's operations for each product.
@@ -72,11 +74,15 @@ impl Nf4Weight {
     /// Holds a 4-bit tensor of `size` = (out_features, in_features) that computes in `kind` on `device`.
     ///
     /// # Errors
-    /// [`TensorError::Quant`] when the tensor has another number of weights.
+    /// [`TensorError::Argument`] when the tensor has another number of weights.
     pub fn new(weights: Block4Ref<'_>, size: (i64, i64), kind: Kind, device: Device) -> Result<Self> {
+        if size.0 < 0 || size.1 < 0 || size.0.checked_mul(size.1) != i64::try_from(weights.len()).ok() {
+            let expected = format!("{} x {} of them", size.0, size.1);
+            return Err(TensorError::Argument { what: "weights".into(), found: weights.len().to_string(), expected });
+        }
         let store = match device {
             Device::Cpu => {
-                let (rows, columns) = (size.0.unsigned_abs() as usize, size.1.unsigned_abs() as usize);
+                let (rows, columns) = (size.0 as usize, size.1 as usize);
                 Store::Cpu(Rc::new(Block4Matrix::from_block4(weights, rows, columns, ScaleFormat::F32, &exec())?))
             }
             device => Store::Tensors(Tensors::new(weights, size, device)?),
@@ -157,12 +163,12 @@ impl Weight for Nf4Weight {
             Store::Tensors(tensors) => return tensors.dense(self.kind),
         };
         let block4 = matrix.to_block4(&exec());
-        let mut dense = Tensor::empty([self.size.0, self.size.1], (stored_kind(self.kind), Device::Cpu));
-        match dense.kind() {
-            Kind::BFloat16 => block4.as_ref().dequantize_into(bf16s_mut(&mut dense), &exec())?,
-            _ => block4.as_ref().dequantize_into(f32s_mut(&mut dense), &exec())?,
+        let mut dense = NewTensor::empty(&[self.size.0, self.size.1], stored_kind(self.kind));
+        match stored_kind(self.kind) {
+            Kind::BFloat16 => block4.as_ref().dequantize_into(dense.bf16s_mut(), &exec())?,
+            _ => block4.as_ref().dequantize_into(dense.f32s_mut(), &exec())?,
         }
-        Ok(dense.to_kind(self.kind))
+        Ok(dense.into_tensor().to_kind(self.kind))
     }
 
     fn project(&self, hidden_states: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
@@ -171,7 +177,7 @@ impl Weight for Nf4Weight {
         }
         match &self.store {
             Store::Cpu(matrix) => self.project_on_cpu(matrix, hidden_states, bias),
-            Store::Tensors(tensors) => tensors.project(self.kind, hidden_states, bias),
+            Store::Tensors(tensors) => tensors.project(hidden_states, bias),
         }
     }
 
@@ -181,7 +187,7 @@ impl Weight for Nf4Weight {
         }
         match &self.store {
             Store::Cpu(matrix) => backward(matrix, grad, self.size.1),
-            Store::Tensors(tensors) => Ok(grad.f_matmul(&tensors.dense(grad.kind())?)?),
+            Store::Tensors(tensors) => no_grad(|| Ok(grad.detach().f_matmul(&tensors.dense(grad.kind())?)?)),
         }
     }
 
@@ -226,20 +232,20 @@ fn multiply(
     let mut size = x.size();
     let depth = std::mem::replace(size.last_mut().unwrap_or(&mut 0), width);
     let rows = x.numel().checked_div(depth as usize).unwrap_or(0);
-    let mut y = Tensor::empty(size, (x.kind(), Device::Cpu));
+    let mut y = NewTensor::empty(&size, x.kind());
     let bias = bias.map(|bias| bias.to_kind(Kind::Float).contiguous());
     let options = ProductOptions { arithmetic, bias: bias.as_ref().map(f32s), output: Output::Replace };
     with_workspace(|workspace| match (x.kind(), product) {
         (Kind::BFloat16, Product::Forward) => {
-            matrix.forward(bf16s(&x), bf16s_mut(&mut y), rows, &options, workspace, &exec())
+            matrix.forward(bf16s(&x), y.bf16s_mut(), rows, &options, workspace, &exec())
         }
         (Kind::BFloat16, Product::Backward) => {
-            matrix.backward(bf16s(&x), bf16s_mut(&mut y), rows, &options, workspace, &exec())
+            matrix.backward(bf16s(&x), y.bf16s_mut(), rows, &options, workspace, &exec())
         }
-        (_, Product::Forward) => matrix.forward(f32s(&x), f32s_mut(&mut y), rows, &options, workspace, &exec()),
-        (_, Product::Backward) => matrix.backward(f32s(&x), f32s_mut(&mut y), rows, &options, workspace, &exec()),
+        (_, Product::Forward) => matrix.forward(f32s(&x), y.f32s_mut(), rows, &options, workspace, &exec()),
+        (_, Product::Backward) => matrix.backward(f32s(&x), y.f32s_mut(), rows, &options, workspace, &exec()),
     })?;
-    Ok(y)
+    Ok(y.into_tensor())
 }
 
 /// The arithmetic that is exact for a kind.
@@ -299,11 +305,6 @@ struct Tensors {
 
 impl Tensors {
     fn new(weights: Block4Ref<'_>, size: (i64, i64), device: Device) -> Result<Self> {
-        let len = size.0 * size.1;
-        if len != weights.len() as i64 {
-            let expected = format!("{} x {} weights", size.0, size.1);
-            return Err(TensorError::Argument { what: "weights".into(), found: weights.len().to_string(), expected });
-        }
         let mut absmax = vec![0.0; weights.absmax().len()];
         weights.absmax().decode_into(0, &mut absmax, &exec())?;
         Ok(Self {
@@ -326,10 +327,13 @@ impl Tensors {
         Ok(dense.f_to_kind(kind)?.f_view([self.size.0, self.size.1])?)
     }
 
-    fn project(&self, kind: Kind, x: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
-        let weight = no_grad(|| self.dense(kind))?;
+    fn project(&self, x: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
+        let kind = x.kind();
         // libtorch would keep the dense weight for the backward pass: there it is dequantized again.
-        let y = no_grad(|| x.detach().f_linear(&weight, bias.filter(|bias| !bias.requires_grad())))?;
+        let y = no_grad(|| -> Result<Tensor> {
+            let bias = bias.filter(|bias| !bias.requires_grad()).map(|bias| bias.to_kind(kind));
+            Ok(x.detach().f_linear(&self.dense(kind)?, bias.as_ref())?)
+        })?;
         let parts = Self {
             packed: self.packed.shallow_clone(),
             absmax: self.absmax.shallow_clone(),
