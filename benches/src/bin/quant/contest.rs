@@ -1,6 +1,7 @@
 //! One kernel of ours against its anchors: in turns, in short units, with the roof of the same minutes.
 
 use anyhow::Result;
+use pt_benches::median;
 use pt_quant::{Exec, roof};
 use rustix::time::{ClockId, clock_gettime};
 use serde_json::{Value, json};
@@ -14,8 +15,8 @@ use crate::peer::{Handle, Peer};
 const ROUNDS: usize = 10;
 /// Seconds of a batch, where a call is shorter.
 const BATCH_SECONDS: f64 = 0.03;
-/// A contest whose roof falls below this share of the best one seen is repeated, and at last not judged.
-pub(crate) const STEADY: f64 = 0.85;
+/// A contest whose roof is further than this from the median of all is repeated, and at last not judged.
+const STEADY: f64 = 0.15;
 const ATTEMPTS: usize = 3;
 
 /// Everything that contests share.
@@ -26,7 +27,7 @@ pub(crate) struct Bench {
     ggml: Option<Peer>,
     roof_buffer: Vec<f32>,
     roof_turn: usize,
-    best_roof: f64,
+    roofs: Vec<f64>,
     only: Vec<u8>,
 }
 
@@ -36,9 +37,9 @@ impl Bench {
             |python: Option<&Path>, script| python.map(|python| Peer::start(python, script, threads)).transpose();
         let (torch, ggml) = (start(torch, "quant_torch.py")?, start(ggml, "quant_ggml.py")?);
         let mut bench =
-            Self { threads, torch, ggml, roof_buffer: vec![1.0; 64 << 20], roof_turn: 0, best_roof: 0.0, only };
+            Self { threads, torch, ggml, roof_buffer: vec![1.0; 64 << 20], roof_turn: 0, roofs: Vec::new(), only };
         let samples: Vec<f64> = (0..100).map(|_| bench.read_once()).collect();
-        bench.best_roof = ROOF_BYTES / p10(samples) / 1e9;
+        bench.roofs.push(ROOF_BYTES / p10(samples) / 1e9);
         Ok(bench)
     }
 
@@ -53,7 +54,7 @@ impl Bench {
 
     pub(crate) fn versions(&self) -> Value {
         let of = |peer: &Option<Peer>| peer.as_ref().map_or(Value::Null, |peer| peer.versions.clone());
-        json!({"torch": of(&self.torch), "ggml": of(&self.ggml), "read_roof_gb_s": self.best_roof})
+        json!({"torch": of(&self.torch), "ggml": of(&self.ggml), "read_roof_gb_s": self.roofs.first()})
     }
 
     /// Seconds of reading a part of memory that no cache holds.
@@ -136,8 +137,8 @@ impl<'a> Contest<'a> {
             line = self.attempt()?;
             line["attempts"] = attempt.into();
             let roof = line["read_roof_gb_s"].as_f64().unwrap_or(0.0);
-            self.bench.best_roof = self.bench.best_roof.max(roof);
-            if roof >= STEADY * self.bench.best_roof {
+            self.bench.roofs.push(roof);
+            if is_near(roof, median(self.bench.roofs.clone())) {
                 break;
             }
         }
@@ -252,6 +253,11 @@ impl<'s, 'a> Measured<'s, 'a> {
             Side::Ggml(_) => of_peer(&mut bench.ggml),
         }
     }
+}
+
+/// Whether a roof is so near the usual one that what was measured under it counts.
+pub(crate) fn is_near(roof: f64, usual: f64) -> bool {
+    (roof / usual - 1.0).abs() <= STEADY
 }
 
 /// Seconds of a call. A long one is interrupted by other programs, however often it is repeated: on one thread, what

@@ -18,8 +18,9 @@ use clap::Parser;
 use pt_benches::{Record, llama_cpp_python};
 use pt_quant::Isa;
 use serde_json::{Value, json};
+use std::fs;
 use std::io::{BufRead, BufReader};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use contest::Bench;
@@ -35,6 +36,9 @@ struct Args {
     /// Only this many threads; without it, one and all.
     #[arg(long)]
     threads: Option<usize>,
+    /// Measure nothing: write the table of this record again.
+    #[arg(long)]
+    table_of: Option<PathBuf>,
     /// Measure in this process and print JSON.
     #[arg(long, hide = true)]
     once: bool,
@@ -48,6 +52,11 @@ fn main() -> Result<()> {
     }
     let mut all_threads = args.threads.map_or(vec![1, cores], |threads| vec![threads]);
     all_threads.dedup();
+    if let Some(path) = &args.table_of {
+        let text = fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
+        let lines = text.lines().map(serde_json::from_str).collect::<Result<Vec<Value>, _>>()?;
+        return write_table(path, &lines);
+    }
     let setting = json!({"isa": Isa::detect().name(), "rows": args.row});
     let mut record = Record::new("quant", setting)?;
     let mut lines = Vec::new();
@@ -59,16 +68,23 @@ fn main() -> Result<()> {
         });
         outcome = outcome.and(measured);
     }
-    let contests: Vec<Value> = lines.into_iter().filter(|line| line["row"].is_number()).collect();
-    let table = table::markdown(&contests);
-    println!("\n{table}");
-    let path = record.path().with_extension("md");
+    let path = record.path().to_owned();
     record.save()?;
-    std::fs::write(&path, format!("# pt-quant against its anchors\n\n{table}"))
-        .with_context(|| format!("cannot write {}", path.display()))?;
-    println!("written to {}", path.display());
+    write_table(&path, &lines)?;
     // What was measured before a failure is kept.
     outcome
+}
+
+/// Writes the table beside its record, and prints it.
+fn write_table(record: &Path, lines: &[Value]) -> Result<()> {
+    let contests: Vec<Value> = lines.iter().filter(|line| line["row"].is_number()).cloned().collect();
+    let table = table::markdown(&contests);
+    println!("\n{table}");
+    let path = record.with_extension("md");
+    fs::write(&path, format!("# pt-quant against its anchors\n\n{table}"))
+        .with_context(|| format!("cannot write {}", path.display()))?;
+    println!("written to {}", path.display());
+    Ok(())
 }
 
 /// Runs this program again for one number of threads, pinned to the last core when that is one.

@@ -4,7 +4,8 @@ use serde_json::Value;
 use std::collections::BTreeMap;
 use std::fmt::Write;
 
-use crate::contest::STEADY;
+use crate::contest::is_near;
+use pt_benches::median;
 
 /// How one anchor was met.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -103,26 +104,33 @@ fn summary(lines: &[Value]) -> BTreeMap<u64, (String, String)> {
         verdicts.entry(row).or_default().extend(anchors.map(|anchor| (Verdict::of(anchor, steady), anchor)));
     }
     let words = |(row, all): (u64, Vec<(Verdict, &Value)>)| {
-        let count = |field: &str, is_good: &dyn Fn(Verdict) -> bool| {
-            let of_field: Vec<_> = all.iter().filter(|(_, anchor)| anchor[field].is_number()).collect();
-            let good = of_field.iter().filter(|(verdict, _)| is_good(*verdict)).count();
-            match of_field.len() {
-                0 => "–".to_owned(),
-                total if good == total => format!("all {total}"),
-                total => format!("{good} of {total}"),
+        let count = |field: &str, good: &[Verdict]| {
+            let of_field: Vec<Verdict> =
+                all.iter().filter(|(_, anchor)| anchor[field].is_number()).map(|(verdict, _)| *verdict).collect();
+            let number = |wanted: &[Verdict]| of_field.iter().filter(|verdict| wanted.contains(verdict)).count();
+            let mut text = match (number(good), of_field.len()) {
+                (_, 0) => return "–".to_owned(),
+                (good, total) if good == total => format!("all {total}"),
+                (good, total) => format!("{good} of {total}"),
+            };
+            for (wanted, note) in [(Verdict::Nearly, "within 10 %"), (Verdict::Unsteady, "not judged")] {
+                let found = number(&[wanted]);
+                if found > 0 && (field == "gate" || wanted == Verdict::Unsteady) {
+                    let _ = write!(text, ", {found} {note}");
+                }
             }
+            text
         };
-        let gates = count("gate", &|verdict| matches!(verdict, Verdict::Gate | Verdict::Aim));
-        (row, (gates, count("aim", &|verdict| verdict == Verdict::Aim)))
+        (row, (count("gate", &[Verdict::Gate, Verdict::Aim]), count("aim", &[Verdict::Aim])))
     };
     verdicts.into_iter().map(words).collect()
 }
 
-/// Whether the read roof of this contest was near the best of all contests on as many threads.
+/// Whether the read roof of this contest was near the median of all contests on as many threads.
 fn is_steady(line: &Value, lines: &[Value]) -> bool {
     let roof = |line: &Value| line["read_roof_gb_s"].as_f64().unwrap_or(0.0);
-    let best = lines.iter().filter(|other| other["threads"] == line["threads"]).map(roof).fold(0.0, f64::max);
-    roof(line) >= STEADY * best
+    let all = lines.iter().filter(|other| other["threads"] == line["threads"]).map(roof).collect();
+    is_near(roof(line), median(all))
 }
 
 fn unique<T: PartialEq>(values: impl Iterator<Item = T>) -> Vec<T> {
