@@ -26,7 +26,7 @@ pub(crate) fn test() -> Result<()> {
     run_counted(&mut command).map(drop)
 }
 
-/// As [`test`], where it can be done: on Linux on another processor, with the packages installed.
+/// As [`test()`], where it can be done: on Linux on another processor, with the packages installed.
 pub(crate) fn test_where_possible() -> Result<()> {
     let is_foreign = cfg!(target_os = "linux") && !cfg!(target_arch = "aarch64");
     if is_foreign && missing().is_empty() {

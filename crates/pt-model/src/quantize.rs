@@ -6,6 +6,9 @@ use crate::{ModelError, Result};
 use pt_tensor::{Device, Kind, Nf4Options, Tensor, nf4_tensors};
 use serde_json::{Map, Value, json};
 
+/// A tensor and its name in a checkpoint.
+type NamedTensor = (String, Tensor);
+
 /// The tensors of a checkpoint with its linear layers in NF4, and a `config.json` that says so: what transformers with
 /// bitsandbytes saves, and loads. Embeddings, norms and the output layer stay in `kind`, which is also what products are to be computed in.
 ///
@@ -18,7 +21,7 @@ pub fn quantize_checkpoint(
     kind: Kind,
     options: Nf4Options,
     mut on_tensor: impl FnMut(&str, usize),
-) -> Result<(Vec<(String, Tensor)>, Map<String, Value>)> {
+) -> Result<(Vec<NamedTensor>, Map<String, Value>)> {
     let source = pretrained.tensors.as_ref();
     let names = source.names();
     let mut tensors = Vec::new();

@@ -67,8 +67,8 @@
 //! | `std` (default) | detection of the processor, `PT_QUANT_ISA` | the standard library |
 //! | `rayon` (default) | rayon's threads for [`Exec::new`] | rayon |
 //! | `half`, `ndarray` | their types as elements and matrices | those crates |
-//! | `safetensors` | [`formats::bitsandbytes`] | safetensors, serde_json |
-//! | `gguf` | [`formats::gguf`] | nothing |
+//! | `safetensors` | `formats::bitsandbytes` | safetensors, serde_json |
+//! | `gguf` | `formats::gguf` | nothing |
 
 #![cfg_attr(not(feature = "std"), no_std)]
 

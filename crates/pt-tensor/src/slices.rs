@@ -25,7 +25,7 @@ impl NewTensor {
 
     /// Takes over the values of another tensor, broadcast to this one's size.
     pub(crate) fn copy_from(&mut self, values: &Tensor) -> Result<()> {
-        let _ = self.0.f_copy_(values)?;
+        self.0.f_copy_(values)?;
         Ok(())
     }
 
