@@ -58,7 +58,10 @@ fn main() -> Result<()> {
         return write_table(path, &lines);
     }
     let setting = json!({"isa": Isa::detect().name(), "rows": args.row});
-    let mut record = Record::new("quant", setting)?;
+    // A run of some rows does not replace the record of all.
+    let rows: String = args.row.iter().map(|row| format!("-{row}")).collect();
+    let suite = if rows.is_empty() { "quant".to_owned() } else { format!("quant-rows{rows}") };
+    let mut record = Record::new(&suite, setting)?;
     let mut lines = Vec::new();
     let mut outcome = Ok(());
     for threads in all_threads {
