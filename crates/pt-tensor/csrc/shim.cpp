@@ -112,6 +112,23 @@ char* pt_backward(at::Tensor** outputs, at::Tensor** grad_outputs, size_t count)
   }
 }
 
+// One AdamW update of all tensors in one pass: libtorch's fused kernel. `step` counts from 1.
+char* pt_fused_adamw(at::Tensor** parameters, at::Tensor** grads, at::Tensor** firsts, at::Tensor** seconds,
+                     size_t count, double step, double lr, double beta1, double beta2, double weight_decay,
+                     double eps) {
+  try {
+    at::NoGradGuard no_grad;
+    variable_list values = list(parameters, count), steps;
+    for (const at::Tensor& value : values)
+      steps.push_back(at::full({}, step, at::TensorOptions().dtype(at::kFloat).device(value.device())));
+    at::_fused_adamw_(values, list(grads, count), list(firsts, count), list(seconds, count), {}, steps, lr, beta1,
+                      beta2, weight_decay, eps, false, false);
+    return nullptr;
+  } catch (const std::exception& error) {
+    return copy_message(error);
+  }
+}
+
 // State of the default CPU generator as a new u8 tensor in *out.
 char* pt_cpu_generator_state(at::Tensor** out) {
   try {

@@ -1,5 +1,6 @@
 //! AdamW and gradient clipping.
 
+use crate::autograd::{check, raw};
 use crate::{Result, TensorError};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -35,9 +36,34 @@ struct Slot {
     is_decayed: bool,
 }
 
+impl Slot {
+    /// Whether libtorch's fused kernel takes it: f32, like its moments.
+    fn is_fusable(&self) -> bool {
+        self.parameter.kind() == Kind::Float
+            && matches!(self.parameter.device(), tch::Device::Cpu | tch::Device::Cuda(_))
+            && self.parameter.is_contiguous()
+    }
+}
+
+unsafe extern "C" {
+    fn pt_fused_adamw(
+        parameters: *const *mut std::ffi::c_void,
+        grads: *const *mut std::ffi::c_void,
+        firsts: *const *mut std::ffi::c_void,
+        seconds: *const *mut std::ffi::c_void,
+        count: usize,
+        step: f64,
+        lr: f64,
+        beta1: f64,
+        beta2: f64,
+        weight_decay: f64,
+        eps: f64,
+    ) -> *mut std::ffi::c_char;
+}
+
 /// AdamW (Loshchilov and Hutter 2019, <https://arxiv.org/abs/1711.05101>) with f32 moments.
 ///
-/// Updates are in place, in the arithmetic order of `torch.optim.AdamW`.
+/// Updates are in place: of f32 tensors by libtorch's fused kernel, of others in the arithmetic order of `torch.optim.AdamW`.
 #[derive(Debug)]
 pub struct AdamW {
     config: AdamWConfig,
@@ -78,8 +104,12 @@ impl AdamW {
         let AdamWConfig { beta1, beta2, eps, weight_decay } = self.config;
         let correction1 = 1.0 - beta1.powi(self.step as i32);
         let correction2 = 1.0 - beta2.powi(self.step as i32);
+        for is_decayed in [true, false] {
+            let weight_decay = if is_decayed { weight_decay } else { 0.0 };
+            self.fused_step(is_decayed, lr, weight_decay)?;
+        }
         no_grad(|| {
-            for slot in &mut self.slots {
+            for slot in self.slots.iter_mut().filter(|slot| !slot.is_fusable()) {
                 let grad = slot.parameter.grad();
                 if !grad.defined() {
                     continue;
@@ -95,6 +125,42 @@ impl AdamW {
                 let _ = slot.parameter.f_add_(&update.to_kind(slot.parameter.kind()))?;
             }
             Ok(())
+        })
+    }
+
+    /// The update of the tensors that libtorch's fused kernel takes.
+    fn fused_step(&self, is_decayed: bool, lr: f64, weight_decay: f64) -> Result<()> {
+        let grads: Vec<(&Slot, Tensor)> = self
+            .slots
+            .iter()
+            .filter(|slot| slot.is_decayed == is_decayed && slot.is_fusable())
+            .map(|slot| (slot, slot.parameter.grad()))
+            .map(|(slot, grad)| if grad.defined() { (slot, grad.contiguous()) } else { (slot, grad) })
+            .filter(|(_, grad)| grad.defined() && grad.kind() == Kind::Float)
+            .collect();
+        if grads.is_empty() {
+            return Ok(());
+        }
+        let all = |of: &dyn Fn(&(&Slot, Tensor)) -> *mut std::ffi::c_void| grads.iter().map(of).collect::<Vec<_>>();
+        let parameters = all(&|(slot, _)| raw(&slot.parameter));
+        let gradients = all(&|(_, grad)| raw(grad));
+        let (firsts, seconds) = (all(&|(slot, _)| raw(&slot.first)), all(&|(slot, _)| raw(&slot.second)));
+        let AdamWConfig { beta1, beta2, eps, .. } = self.config;
+        // SAFETY: four lists of as many live tensors, which the call updates in place and keeps no pointer to; it catches what libtorch throws.
+        check(unsafe {
+            pt_fused_adamw(
+                parameters.as_ptr(),
+                gradients.as_ptr(),
+                firsts.as_ptr(),
+                seconds.as_ptr(),
+                grads.len(),
+                self.step as f64,
+                lr,
+                beta1,
+                beta2,
+                weight_decay,
+                eps,
+            )
         })
     }
 
