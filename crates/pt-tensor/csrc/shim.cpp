@@ -123,6 +123,8 @@ char* pt_fused_adamw(at::Tensor** parameters, at::Tensor** grads, at::Tensor** f
       steps.push_back(at::full({}, step, at::TensorOptions().dtype(at::kFloat).device(value.device())));
     at::_fused_adamw_(values, list(grads, count), list(firsts, count), list(seconds, count), {}, steps, lr, beta1,
                       beta2, weight_decay, eps, false, false);
+    // The kernel does not count as a write by itself, but copies in other formats are made anew by this count.
+    for (const at::Tensor& value : values) value.unsafeGetTensorImpl()->bump_version();
     return nullptr;
   } catch (const std::exception& error) {
     return copy_message(error);
