@@ -7,7 +7,7 @@ use crate::run_command::RunCommand;
 use crate::talk;
 use anyhow::{Context, Result, bail};
 use pt_model::{Bare, CausalLm, Pretrained, Sites};
-use pt_peft::{Adapter, LoraAdapter};
+use pt_peft::{Adapter, load_adapter};
 use pt_tensor::{Device, Kind, Tensor};
 use pt_train::config::{flatten, to_yaml};
 use pt_train::data::{Preflight, PreflightSummary, PromptGroup, Row, overlap, preflight};
@@ -117,14 +117,13 @@ impl Job {
     /// Trains and saves the adapter (or the model) under `output`.
     pub(crate) fn train(&self, pretrained: &Pretrained, model: &mut CausalLm, checked: Checked) -> Result<Finished> {
         let started = Instant::now();
-        let (sites, parameters, adapter): (Rc<dyn Sites>, _, Option<Rc<LoraAdapter>>) = match &self.config.lora {
-            Some(lora) => {
-                let mut lora = lora.clone();
-                lora.base_model_name_or_path.get_or_insert_with(|| self.model_path.display().to_string());
-                let adapter = Rc::new(match &self.adapter {
-                    Some(folder) => LoraAdapter::load(folder, &*model)?,
-                    None => LoraAdapter::new(lora, &*model, self.config.seed)?,
-                });
+        let (sites, parameters, adapter): (Rc<dyn Sites>, _, Option<Rc<dyn Adapter>>) = match self.config.method() {
+            Some(mut method) => {
+                method.note_base_model(&self.model_path.display().to_string());
+                let adapter = match &self.adapter {
+                    Some(folder) => load_adapter(folder, model)?,
+                    None => method.create(model, pretrained.tokenizer.as_ref(), self.config.seed)?,
+                };
                 (adapter.clone(), adapter.parameters(), Some(adapter))
             }
             None => (Rc::new(Bare), model.train_all()?, None),
@@ -192,7 +191,7 @@ impl Job {
         let earlier = best.as_ref().filter(|best| best.step != last_step).map(|best| run.checkpoint_path(best.step));
         let chosen = earlier.as_ref().unwrap_or(&last).join(part);
         let sites: Rc<dyn Sites> = match (&earlier, &adapter) {
-            (Some(_), Some(_)) => Rc::new(LoraAdapter::load(&chosen, model)?),
+            (Some(_), Some(_)) => load_adapter(&chosen, model)?,
             _ => sites,
         };
         let series = read_series(&run.metrics_path())?;
@@ -320,7 +319,7 @@ impl Finished {
         let adapter = self.chosen.display();
         let model = job.model_path.display();
         let mut commands = vec![format!("tensorboard --logdir {}", self.run.tensorboard_path().display())];
-        if job.config.lora.is_some() {
+        if job.config.peft.is_some() {
             commands.insert(0, format!("pt chat --model {model} --adapter {adapter}"));
             commands.insert(1, format!("pt merge --model {model} --adapter {adapter} --output merged"));
         } else {

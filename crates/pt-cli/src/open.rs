@@ -6,7 +6,7 @@ use crate::talk::{self, Misused, Refused, Usage};
 use anyhow::{Context, Result};
 use clap::Args;
 use pt_model::{Bare, CausalLm, LinearFormat, ModelError, Pretrained, Sites};
-use pt_peft::LoraAdapter;
+use pt_peft::load_adapter;
 use pt_tensor::io::create_folder_atomically;
 use pt_tensor::{Device, Kind, Nf4Arithmetic, Nf4Options, parse_device, parse_kind};
 use pt_train::TrainError;
@@ -152,7 +152,7 @@ impl ModelArgs {
         let pretrained = self.pretrained()?;
         let model = CausalLm::load_with(&pretrained, device, kind, weights.format())?;
         let sites: Rc<dyn Sites> = match &adapter {
-            Some(folder) => Rc::new(LoraAdapter::load(folder, &model)?),
+            Some(folder) => load_adapter(folder, &model)?,
             None => Rc::new(Bare),
         };
         Ok(Opened { pretrained, model, sites })

@@ -7,7 +7,7 @@ use crate::batch::PackedBatch;
 use crate::config::{Activation, Architecture, ModelConfig};
 use crate::load::{Pretrained, TensorSource};
 use crate::rope::Rope;
-use crate::sites::{Branch, Linear, Sites};
+use crate::sites::{Branch, BranchSite, Linear, Sites};
 use crate::{ModelError, Result};
 use pt_tensor::{
     AttentionPlan, DenseWeight, Device, Kind, LabelLogprobs, LabelOutput, Nf4Arithmetic, Nf4Options, Nf4Weight, Tensor,
@@ -50,10 +50,10 @@ impl Norm {
     fn forward(&self, hidden_states: &Tensor, sites: &dyn Sites) -> Result<Tensor> {
         let replaced = sites.parameter(&format!("{}.weight", self.path));
         let weight = replaced.as_ref().unwrap_or(&self.weight);
-        Ok(match &self.bias {
-            None => pt_tensor::rms_norm(hidden_states, weight, self.eps)?,
-            Some(bias) => hidden_states.f_layer_norm(weight.size(), Some(weight), Some(bias), self.eps, false)?,
-        })
+        let Some(bias) = &self.bias else { return Ok(pt_tensor::rms_norm(hidden_states, weight, self.eps)?) };
+        let replaced = sites.parameter(&format!("{}.bias", self.path));
+        let bias = replaced.as_ref().unwrap_or(bias);
+        Ok(hidden_states.f_layer_norm(weight.size(), Some(weight), Some(bias), self.eps, false)?)
     }
 }
 
@@ -94,15 +94,15 @@ struct Layer {
 }
 
 impl Layer {
-    /// `hidden_states: [tokens, hidden_size]` → the same shape.
+    /// `input: [tokens, hidden_size]` → the same shape.
     fn forward(
         &self,
-        hidden_states: &Tensor,
+        input: &Tensor,
         rotary: Option<&(Tensor, Tensor)>,
         attend: &dyn Attend,
         sites: &dyn Sites,
     ) -> Result<Tensor> {
-        let normed = self.attention_norm.forward(hidden_states, sites)?;
+        let normed = self.attention_norm.forward(input, sites)?;
         let heads = |t: Tensor| t.view([t.size()[0], -1, self.head_dim]); // [tokens, heads, head_dim]
         let [mut query, mut key, value] = match &self.qkv {
             Qkv::Separate(qkv) => {
@@ -121,7 +121,9 @@ impl Layer {
         let attended = attend.attend(self.index, &query, &key, &value)?;
         let attended = attended.view([attended.size()[0], -1]);
         let branch = sites.linear(&self.output, &attended)?;
-        let hidden_states = hidden_states + sites.branch(Branch::Attention, self.index, &normed, branch)?;
+        let site = |branch, residual, input| BranchSite { branch, layer: self.index, residual, input };
+        let branch = sites.branch(&site(Branch::Attention, input, &normed), branch)?;
+        let hidden_states = input + branch;
 
         let normed = self.mlp_norm.forward(&hidden_states, sites)?;
         let branch = match &self.mlp {
@@ -137,8 +139,8 @@ impl Layer {
                 sites.linear(down, &activate(*activation, &sites.linear(up, &normed)?))?
             }
         };
-        let hidden_states = hidden_states + sites.branch(Branch::Mlp, self.index, &normed, branch)?;
-        sites.gap(self.index, hidden_states)
+        let branch = sites.branch(&site(Branch::Mlp, &hidden_states, &normed), branch)?;
+        sites.gap(self.index, input, hidden_states + branch)
     }
 
     fn linears(&self) -> Vec<&Linear> {
@@ -167,6 +169,9 @@ impl Layer {
         all
     }
 }
+
+/// Name of GPT-2's learned positions.
+const POSITIONS: &str = "transformer.wpe.weight";
 
 /// How the weights of linear layers are held.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -247,7 +252,7 @@ impl CausalLm {
         let embed_path = if gpt2 { "transformer.wte.weight" } else { "model.embed_tokens.weight" };
         let embedding = loader.tensor(embed_path, &[vocab, hidden])?;
         let position_embedding = match gpt2 {
-            true => Some(loader.tensor("transformer.wpe.weight", &[config.max_position_embeddings, hidden])?),
+            true => Some(loader.tensor(POSITIONS, &[config.max_position_embeddings, hidden])?),
             false => None,
         };
         let layers = (0..config.num_layers as usize)
@@ -325,7 +330,7 @@ impl CausalLm {
     fn plain_parameters(&self) -> Vec<(String, Tensor)> {
         let mut all = vec![(self.embed_path.to_string(), self.embedding.shallow_clone())];
         if let Some(positions) = &self.position_embedding {
-            all.push(("transformer.wpe.weight".into(), positions.shallow_clone()));
+            all.push((POSITIONS.into(), positions.shallow_clone()));
         }
         let mut norms: Vec<&Norm> = self.layers.iter().flat_map(|l| [&l.attention_norm, &l.mlp_norm]).collect();
         norms.push(&self.final_norm);
@@ -426,7 +431,9 @@ impl CausalLm {
         let table = replaced.as_ref().unwrap_or(&self.embedding);
         let mut hidden_states = Tensor::f_embedding(table, input_ids, -1, false, false)?.to_kind(self.kind);
         if let Some(table) = &self.position_embedding {
-            hidden_states += table.f_index_select(0, positions)?;
+            let replaced = sites.parameter(POSITIONS);
+            let table = replaced.as_ref().unwrap_or(table);
+            hidden_states += table.f_index_select(0, positions)?.to_kind(self.kind);
         }
         hidden_states = sites.embedding(input_ids, hidden_states)?;
         let rotary = self.rope.as_ref().map(|rope| rope.borrow_mut().at(positions, length));

@@ -51,6 +51,19 @@ pub enum Branch {
     Mlp,
 }
 
+/// A residual branch, and what a method finds there.
+#[derive(Debug, Clone, Copy)]
+pub struct BranchSite<'a> {
+    /// Which of the layer's two.
+    pub branch: Branch,
+    /// The layer, counted from 0.
+    pub layer: usize,
+    /// The hidden states that the branch's output will be added to, `[tokens, hidden_size]`.
+    pub residual: &'a Tensor,
+    /// What the branch read: `residual` after the norm.
+    pub input: &'a Tensor,
+}
+
 /// What a method does at each place; the defaults leave the model as it is.
 ///
 /// Law: a method at its neutral start (LoRA with B = 0, say) gives the values of [`Bare`].
@@ -84,24 +97,24 @@ pub trait Sites: std::fmt::Debug {
         Ok(embeddings)
     }
 
-    /// The output of a residual branch of layer `layer`, before it is added; `input` is what the branch read.
+    /// The output of a residual branch, `[tokens, hidden_size]`, before it is added to the residual.
     ///
     /// # Errors
     /// When the shapes do not fit.
-    fn branch(&self, _branch: Branch, _layer: usize, _input: &Tensor, output: Tensor) -> Result<Tensor> {
+    fn branch(&self, _site: &BranchSite<'_>, output: Tensor) -> Result<Tensor> {
         Ok(output)
     }
 
-    /// The hidden states between layer `layer` and the next.
+    /// The hidden states between layer `layer` and the next, `[tokens, hidden_size]`; `input` is what the layer read.
     ///
     /// # Errors
     /// When the shapes do not fit.
-    fn gap(&self, _layer: usize, hidden_states: Tensor) -> Result<Tensor> {
+    fn gap(&self, _layer: usize, _input: &Tensor, hidden_states: Tensor) -> Result<Tensor> {
         Ok(hidden_states)
     }
 
-    /// A replacement for a whole parameter outside the linear layers, by its path (`model.embed_tokens.weight`, a
-    /// norm): how `modules_to_save` takes effect.
+    /// A replacement for a whole parameter outside the linear layers, by its path (`model.embed_tokens.weight`, a norm's
+    /// weight or bias): how `modules_to_save` takes effect.
     fn parameter(&self, _path: &str) -> Option<Tensor> {
         None
     }

@@ -1,17 +1,21 @@
 //! What every method has in common, and several adapters over one model.
 
-use crate::lora::to_model;
+use crate::error::to_model;
 use crate::{PeftError, Result};
-use pt_model::{Branch, CausalLm, Linear, Sites};
-use pt_tensor::{Tensor, Weight, no_grad};
+use pt_model::{BranchSite, CausalLm, Linear, Sites};
+use pt_tensor::{DenseWeight, Tensor, Weight, no_grad};
 use std::cell::{Cell, RefCell};
 use std::path::Path;
 use std::rc::Rc;
 
-/// A parameter-efficient method on a model: sites that can be trained, switched off, saved and merged.
+/// A parameter-efficient method on a model: sites that can be trained, switched off, saved and, for most, merged.
 ///
 /// Laws, checked by [`testing::adapter_laws`](crate::testing::adapter_laws):
+/// - new, it is the bare model where its paper says so;
+/// - it alone is trained: each of its values gets a gradient, the model's none;
 /// - switched off, the model gives the values of [`pt_model::Bare`], bit for bit;
+/// - what a batch holds beside a sequence, a prompt that is shared or repeated, activation checkpointing and the
+///   key/value cache change its values by rounding at most;
 /// - merged, the bare model gives the values of the adapter switched on, within rounding;
 /// - unmerged, the model's weights are what they were, bit for bit;
 /// - saved and loaded, the adapter gives the same values, bit for bit.
@@ -29,11 +33,19 @@ pub trait Adapter: Sites {
     /// Switches the adapter on or off; off, it is the bare model.
     fn set_enabled(&self, is_enabled: bool);
 
-    /// What the method adds to the output of a linear layer, for several adapters on one layer.
+    /// The method around a linear layer that others may have changed already, for several adapters on one layer:
+    /// `inner` is that layer as it would be without this adapter.
     ///
     /// # Errors
     /// When the shapes do not fit.
-    fn add_to(&self, layer: &Linear, hidden_states: &Tensor, output: Tensor) -> Result<Tensor>;
+    fn around_linear(
+        &self,
+        _layer: &Linear,
+        hidden_states: &Tensor,
+        inner: &dyn Fn(&Tensor) -> Result<Tensor>,
+    ) -> Result<Tensor> {
+        inner(hidden_states)
+    }
 
     /// Names of parameters that the method replaces whole, and the output layer's weight where it changes what that
     /// gives; two adapters cannot both replace one.
@@ -50,7 +62,8 @@ pub trait Adapter: Sites {
     /// Puts the update into the model's weights; the adapter then adds nothing until it is unmerged.
     ///
     /// # Errors
-    /// [`PeftError::State`] when it is merged already; the model is then as it was.
+    /// [`PeftError::State`] when it is merged already, [`PeftError::NotMergeable`] for a method that is no change of
+    /// weights; the model is then as it was.
     fn merge_into(&self, model: &mut CausalLm) -> Result<()>;
 
     /// Gives the model the weights back that it had before [`merge_into`](Self::merge_into).
@@ -92,8 +105,72 @@ struct Overwritten {
     written: Tensor,
 }
 
+/// What every adapter keeps of where it stands.
+#[derive(Debug)]
+pub(crate) struct State {
+    pub(crate) is_enabled: Cell<bool>,
+    pub(crate) is_training: Cell<bool>,
+    merged: RefCell<Option<Merged>>,
+}
+
+impl State {
+    /// Enabled, not training, not merged.
+    pub(crate) fn new() -> Self {
+        Self { is_enabled: Cell::new(true), is_training: Cell::new(false), merged: RefCell::new(None) }
+    }
+
+    /// Whether the adapter takes part in a forward pass: enabled and not already in the weights.
+    pub(crate) fn is_live(&self) -> bool {
+        self.is_enabled.get() && self.merged.borrow().is_none()
+    }
+
+    /// Merges once: `merge` does it, unless the adapter is merged already.
+    pub(crate) fn merge(&self, merge: impl FnOnce() -> Result<Merged>) -> Result<()> {
+        if self.merged.borrow().is_some() {
+            return Err(PeftError::State("the adapter is merged already".into()));
+        }
+        *self.merged.borrow_mut() = Some(no_grad(merge)?);
+        Ok(())
+    }
+
+    /// Gives back what the merge displaced.
+    pub(crate) fn unmerge(&self, layers: &mut [&mut Linear]) -> Result<()> {
+        let mut merged = self.merged.borrow_mut();
+        let held = merged.as_ref().ok_or_else(|| PeftError::State("the adapter is not merged".into()))?;
+        held.restore(layers)?;
+        *merged = None;
+        Ok(())
+    }
+}
+
 impl Merged {
-    /// Puts weights into their layers.
+    /// Puts weights into a model's layers, and values over parameters outside them (the parameter, its new values).
+    pub(crate) fn into_model(
+        model: &mut CausalLm,
+        mut weights: Vec<NewWeight>,
+        outside: Vec<(Tensor, Tensor)>,
+    ) -> Result<Self> {
+        let mut merged = Self::default();
+        let mut layers = model.linear_layers_mut()?;
+        if let Some(output) = layers.last()
+            && let Some(dense) = output.weight.parameter()
+        {
+            // A tied output layer shares the embedding's storage, which is about to be overwritten; PEFT, too, leaves
+            // the other end of the tie as it was.
+            let is_tied = outside.iter().any(|(parameter, _)| parameter.data_ptr() == dense.data_ptr());
+            if is_tied && !weights.iter().any(|new| new.index == output.index) {
+                let weight = Rc::new(DenseWeight::new(dense.copy())?);
+                weights.push(NewWeight { index: output.index, weight, bias: None });
+            }
+        }
+        merged.install(&mut layers, weights);
+        for (parameter, values) in outside {
+            merged.overwrite(parameter, &values);
+        }
+        Ok(merged)
+    }
+
+    /// Puts weights into layers.
     pub(crate) fn install(&mut self, layers: &mut [&mut Linear], weights: Vec<NewWeight>) {
         for NewWeight { index, weight, bias } in weights {
             if let Some(layer) = layers.iter_mut().find(|layer| layer.index == index) {
@@ -106,7 +183,7 @@ impl Merged {
     }
 
     /// Overwrites a parameter outside the layers.
-    pub(crate) fn overwrite(&mut self, mut parameter: Tensor, values: &Tensor) {
+    fn overwrite(&mut self, mut parameter: Tensor, values: &Tensor) {
         no_grad(|| {
             let before = parameter.copy();
             parameter.copy_(values);
@@ -115,7 +192,7 @@ impl Merged {
     }
 
     /// Gives everything back; on an error nothing is changed.
-    pub(crate) fn restore(&self, layers: &mut [&mut Linear]) -> Result<()> {
+    fn restore(&self, layers: &mut [&mut Linear]) -> Result<()> {
         for displaced in &self.layers {
             let is_ours = layers
                 .iter()
@@ -265,17 +342,25 @@ fn replaces(adapter: &Rc<dyn Adapter>, layer: &Linear) -> bool {
     adapter.replaced_parameters().contains(&weight.as_str())
 }
 
+/// The last of `others` around those before it, around `base` on the layer itself.
+fn nested(base: &dyn Adapter, others: &[&Rc<dyn Adapter>], layer: &Linear, hidden_states: &Tensor) -> Result<Tensor> {
+    match others.split_last() {
+        None => Ok(base.linear(layer, hidden_states)?),
+        Some((outer, inner)) => {
+            outer.around_linear(layer, hidden_states, &|hidden_states| nested(base, inner, layer, hidden_states))
+        }
+    }
+}
+
 impl Sites for AdapterSet {
     fn linear(&self, layer: &Linear, hidden_states: &Tensor) -> pt_model::Result<Tensor> {
-        let live = self.live();
-        // An adapter that replaces the weight has to come first: the others add to what it gives.
-        let first = live.iter().position(|adapter| replaces(adapter, layer)).unwrap_or(0);
-        let Some(base) = live.get(first) else { return layer.forward(hidden_states) };
-        let mut output = base.linear(layer, hidden_states)?;
-        for (_, adapter) in live.iter().enumerate().filter(|(position, _)| *position != first) {
-            output = adapter.add_to(layer, hidden_states, output).map_err(to_model)?;
+        let mut live = self.live();
+        // An adapter that replaces the weight has to come first: the others go around what it gives.
+        if let Some(first) = live.iter().position(|adapter| replaces(adapter, layer)) {
+            live[..=first].rotate_right(1);
         }
-        Ok(output)
+        let Some((base, others)) = live.split_first() else { return layer.forward(hidden_states) };
+        nested(base.as_ref(), others, layer, hidden_states).map_err(to_model)
     }
 
     fn output(&self, layer: &Linear, hidden_states: &Tensor) -> pt_model::Result<(Tensor, Tensor)> {
@@ -289,12 +374,13 @@ impl Sites for AdapterSet {
         self.live().into_iter().try_fold(embeddings, |embeddings, adapter| adapter.embedding(input_ids, embeddings))
     }
 
-    fn branch(&self, branch: Branch, layer: usize, input: &Tensor, output: Tensor) -> pt_model::Result<Tensor> {
-        self.live().into_iter().try_fold(output, |output, adapter| adapter.branch(branch, layer, input, output))
+    fn branch(&self, site: &BranchSite<'_>, output: Tensor) -> pt_model::Result<Tensor> {
+        self.live().into_iter().try_fold(output, |output, adapter| adapter.branch(site, output))
     }
 
-    fn gap(&self, layer: usize, hidden_states: Tensor) -> pt_model::Result<Tensor> {
-        self.live().into_iter().try_fold(hidden_states, |hidden_states, adapter| adapter.gap(layer, hidden_states))
+    fn gap(&self, layer: usize, input: &Tensor, hidden_states: Tensor) -> pt_model::Result<Tensor> {
+        let through = |hidden_states, adapter: &Rc<dyn Adapter>| adapter.gap(layer, input, hidden_states);
+        self.live().into_iter().try_fold(hidden_states, through)
     }
 
     fn parameter(&self, path: &str) -> Option<Tensor> {

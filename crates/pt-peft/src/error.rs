@@ -111,6 +111,14 @@ pub enum PeftError {
         /// The adapters that are loaded.
         available: Vec<String>,
     },
+    /// The method is no change of weights.
+    #[error("{method} cannot be merged: {reason}")]
+    NotMergeable {
+        /// The method.
+        method: &'static str,
+        /// What it does instead.
+        reason: &'static str,
+    },
     /// A call came at a time when it makes no sense, such as a second merge.
     #[error("{0}")]
     State(String),
@@ -144,6 +152,15 @@ impl From<TchError> for PeftError {
     }
 }
 
+/// An error as a site returns it; [`PeftError::from`] gives the same one back.
+pub(crate) fn to_model(error: PeftError) -> ModelError {
+    match error {
+        PeftError::Model(error) => error,
+        PeftError::Tensor(error) => error.into(),
+        other => ModelError::Tensor(TensorError::Other { hint: other.hint(), error: Box::new(other) }),
+    }
+}
+
 impl PeftError {
     /// What to do next, where there is something to say.
     pub fn hint(&self) -> Option<String> {
@@ -151,6 +168,7 @@ impl PeftError {
             Self::Tensor(error) => error.hint(),
             Self::Model(error) => error.hint(),
             Self::NotAnAdapter { hint, .. } => Some(hint.clone()),
+            Self::NotMergeable { .. } => Some("keep it beside the model: pass it with --adapter".into()),
             Self::Json { .. } => Some("the file may be cut off or edited by hand: save it or copy it again".into()),
             Self::Unsupported { .. } => Some(
                 "merge the adapter into its base with Python PEFT (`merge_and_unload`) and load the merged model"
@@ -241,7 +259,7 @@ mod tests {
     fn an_error_of_a_site_comes_back_as_itself() {
         let sent = PeftError::Pattern { field: "target_modules", pattern: "(".into(), reason: "x".into() };
         let hint = sent.hint();
-        let on_the_way = crate::lora::to_model(sent);
+        let on_the_way = to_model(sent);
         assert_eq!(on_the_way.hint(), hint);
         let back = PeftError::from(on_the_way);
         assert!(matches!(back, PeftError::Pattern { .. }), "{back:?}");

@@ -16,12 +16,13 @@
 //!
 //! | Module | |
 //! | --- | --- |
-//! | `config` | LoRA's settings and PEFT's `adapter_config.json` |
-//! | `target` | which layers a method goes on |
+//! | [`Method`], [`MethodConfig`] | every method by name, its settings, new and from a folder |
 //! | `lora` | LoRA: forward and backward in one node |
 //! | `adapter` | the trait, and several adapters over one model |
+//! | `target` | which layers a method goes on |
+//! | `saved` | modules that are trained whole beside an adapter |
 //! | `base` | what an adapter goes on: a model of ours, or layers of yours |
-//! | `io` | adapter folders |
+//! | `files` | adapter folders |
 //! | [`testing`] | the laws that every method has to keep |
 #![forbid(unsafe_code)]
 
@@ -29,15 +30,19 @@ mod adapter;
 mod base;
 mod config;
 mod error;
-mod io;
+mod files;
+mod init;
 mod lora;
+mod method;
+mod saved;
 mod target;
 pub mod testing;
 
 pub use adapter::{Adapter, AdapterSet};
 pub use base::Base;
-pub use config::{LoraConfig, Modules};
+pub use config::Modules;
 pub use error::{PeftError, Result};
-pub use io::{CONFIG_FILE, TENSOR_FILE};
-pub use lora::{LoraAdapter, lora_linear};
-pub use target::{Strictness, pattern_value, saved_parameters, target_layers};
+pub use files::{CONFIG_FILE, TENSOR_FILE};
+pub use lora::{LoraAdapter, LoraConfig, lora_linear};
+pub use method::{Method, MethodConfig, load_adapter};
+pub use target::{Strictness, Targets, pattern_value, saved_parameters, target_layers};

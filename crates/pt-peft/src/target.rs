@@ -1,6 +1,6 @@
 //! Which parts of a model a method goes on, resolved as PEFT 0.21 does.
 
-use crate::config::{LoraConfig, Modules};
+use crate::config::Modules;
 use crate::{PeftError, Result};
 use regex::Regex;
 use std::collections::BTreeSet;
@@ -14,19 +14,34 @@ pub enum Strictness {
     AnyName,
 }
 
+/// The settings that choose a method's layers.
+#[derive(Debug, Clone, Copy)]
+pub struct Targets<'a> {
+    /// Layers by name or pattern.
+    pub target_modules: &'a Modules,
+    /// Layers left out, though `target_modules` names them.
+    pub exclude_modules: Option<&'a Modules>,
+    /// Only in these decoder layers, counted from 0; empty means all.
+    pub layers_to_transform: &'a [i64],
+    /// Names of the list that `layers_to_transform` counts in; empty means any.
+    pub layers_pattern: &'a [String],
+    /// Modules that are trained whole, which get no update.
+    pub modules_to_save: &'a [String],
+}
+
 /// The positions in `paths` of the layers that get an update. `paths` are the linear layers in model order, the
 /// output layer among them at `output_layer`.
 ///
 /// # Errors
 /// [`PeftError::NoMatch`] with the nearest names; [`PeftError::Pattern`].
 pub fn target_layers(
-    config: &LoraConfig,
+    config: &Targets<'_>,
     paths: &[&str],
     output_layer: Option<usize>,
     strictness: Strictness,
 ) -> Result<Vec<usize>> {
-    let targets = Matcher::new("target_modules", &config.target_modules)?;
-    let excluded = config.exclude_modules.as_ref().map(|m| Matcher::new("exclude_modules", m)).transpose()?;
+    let targets = Matcher::new("target_modules", config.target_modules)?;
+    let excluded = config.exclude_modules.map(|m| Matcher::new("exclude_modules", m)).transpose()?;
     if let Matcher::Names(names) = &targets {
         let unmatched: Vec<&String> =
             names.iter().filter(|name| !paths.iter().any(|path| is_suffix(path, name))).collect();
@@ -36,7 +51,7 @@ pub fn target_layers(
             return Err(no_match("target_modules", unmatched.into_iter().cloned().collect(), paths));
         }
     }
-    let layer_pattern = LayerPattern::new(&config.layers_pattern)?;
+    let layer_pattern = LayerPattern::new(config.layers_pattern)?;
     let is_target = |position: usize, path: &str| {
         if excluded.as_ref().is_some_and(|m| m.is_match(path))
             // A module that is trained whole gets no update, as in PEFT.
@@ -59,7 +74,7 @@ pub fn target_layers(
         paths.iter().enumerate().filter(|(position, path)| is_target(*position, path)).map(|(i, _)| i).collect();
     let may_be_empty = matches!(&targets, Matcher::Names(names) if names.is_empty());
     if found.is_empty() && !may_be_empty {
-        let names = match &config.target_modules {
+        let names = match config.target_modules {
             Modules::Pattern(pattern) if !config.target_modules.is_all_linear() => vec![pattern.clone()],
             _ => vec![],
         };
@@ -203,6 +218,7 @@ pub(crate) fn no_match(field: &'static str, names: Vec<String>, paths: &[&str]) 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::LoraConfig;
 
     const PATHS: [&str; 7] = [
         "model.layers.0.self_attn.q_proj",
@@ -219,7 +235,7 @@ mod tests {
     }
 
     fn found(config: LoraConfig) -> Vec<usize> {
-        target_layers(&config, &PATHS, Some(6), Strictness::EveryName).unwrap()
+        target_layers(&config.targets(), &PATHS, Some(6), Strictness::EveryName).unwrap()
     }
 
     fn with(target_modules: Modules) -> LoraConfig {
@@ -237,7 +253,7 @@ mod tests {
     fn a_pattern_must_match_the_whole_path() {
         assert_eq!(found(with(Modules::Pattern(r".*\.1\..*_proj|lm_head".into()))), [2, 3, 6]);
         let partial = with(Modules::Pattern("q_proj".into()));
-        assert!(target_layers(&partial, &PATHS, Some(6), Strictness::AnyName).is_err());
+        assert!(target_layers(&partial.targets(), &PATHS, Some(6), Strictness::AnyName).is_err());
     }
 
     #[test]
@@ -255,23 +271,25 @@ mod tests {
         assert_eq!(found(config.clone()), [2]);
         assert_eq!(found(LoraConfig { layers_pattern: vec!["layers".into()], ..config.clone() }), [2]);
         let wrong = LoraConfig { layers_pattern: vec!["h".into()], ..config };
-        assert!(target_layers(&wrong, &PATHS, Some(6), Strictness::EveryName).is_err());
+        assert!(target_layers(&wrong.targets(), &PATHS, Some(6), Strictness::EveryName).is_err());
     }
 
     #[test]
     fn a_typing_error_gets_a_suggestion() {
-        let error =
-            target_layers(&with(names(&["q_prj", "up_proj"])), &PATHS, None, Strictness::EveryName).unwrap_err();
+        let error = target_layers(&with(names(&["q_prj", "up_proj"])).targets(), &PATHS, None, Strictness::EveryName)
+            .unwrap_err();
         assert_eq!(error.to_string(), "`target_modules`: nothing matches `q_prj` in this model");
         assert!(error.hint().unwrap().starts_with("did you mean `q_proj`"), "{error:?}");
-        let in_file = target_layers(&with(names(&["q_prj", "up_proj"])), &PATHS, None, Strictness::AnyName).unwrap();
+        let in_file =
+            target_layers(&with(names(&["q_prj", "up_proj"])).targets(), &PATHS, None, Strictness::AnyName).unwrap();
         assert_eq!(in_file, [1, 3, 5]);
     }
 
     #[test]
     fn a_pattern_that_python_would_take_and_we_cannot_is_named() {
         let error =
-            target_layers(&with(Modules::Pattern("(?!lm).*".into())), &PATHS, None, Strictness::EveryName).unwrap_err();
+            target_layers(&with(Modules::Pattern("(?!lm).*".into())).targets(), &PATHS, None, Strictness::EveryName)
+                .unwrap_err();
         assert!(error.to_string().contains("look-around"), "{error}");
     }
 

@@ -1,8 +1,10 @@
 //! The laws that every method has to keep, as one suite.
 
-use crate::{Adapter, Result};
-use pt_model::{Bare, CausalLm, Completion, Linear, PackedBatch, PromptGroup, RunOptions, Sites};
-use pt_tensor::{Device, Kind, Tensor, no_grad};
+use crate::{Adapter, PeftError, Result};
+use pt_model::{
+    Bare, CausalLm, Completion, GenerateConfig, Linear, PackedBatch, PromptGroup, RunOptions, Sites, generate,
+};
+use pt_tensor::{AdamW, AdamWConfig, Device, Kind, LabelLogprobs, Tensor, no_grad};
 use std::path::Path;
 use std::rc::Rc;
 
@@ -10,18 +12,27 @@ use std::rc::Rc;
 pub type Made = Result<Rc<dyn Adapter>>;
 
 /// What the suite needs of a method.
-pub struct Method<'a> {
-    /// Makes an adapter at its neutral start.
+pub struct Subject<'a> {
+    /// Makes a new adapter.
     pub new: &'a dyn Fn(&CausalLm) -> Made,
     /// Loads one from a folder.
     pub load: &'a dyn Fn(&Path, &CausalLm) -> Made,
-    /// Largest difference of logits that merging may make: rounding.
+    /// Largest difference of logits that rounding may make, in merging, packing or decoding.
     pub tolerance: f64,
+    /// Whether a new adapter is the bare model.
+    pub starts_neutral: bool,
+    /// Whether it goes into weights.
+    pub is_mergeable: bool,
 }
 
-impl std::fmt::Debug for Method<'_> {
+impl std::fmt::Debug for Subject<'_> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Method").field("tolerance", &self.tolerance).finish_non_exhaustive()
+        let Self { tolerance, starts_neutral, is_mergeable, .. } = self;
+        f.debug_struct("Subject")
+            .field("tolerance", tolerance)
+            .field("starts_neutral", starts_neutral)
+            .field("is_mergeable", is_mergeable)
+            .finish_non_exhaustive()
     }
 }
 
@@ -50,58 +61,204 @@ pub fn disturb(adapter: &dyn Adapter, amount: f64) {
     });
 }
 
-/// Checks the laws of [`Adapter`] for a method on a model; `folder` is empty and may be written to.
+fn distance(a: &Tensor, b: &Tensor) -> f64 {
+    (a.to_kind(Kind::Double) - b.to_kind(Kind::Double)).abs().max().double_value(&[])
+}
+
+/// Checks the laws of [`Adapter`] for a method on a model; `folder` is empty and may be written to. `sequences` are two or
+/// more, the first of at least 6 tokens.
 ///
 /// # Errors
 /// Those of the method.
 ///
 /// # Panics
 /// With the law's name, when one does not hold: this is a test.
-pub fn adapter_laws(method: &Method<'_>, model: &mut CausalLm, sequences: &[Vec<i64>], folder: &Path) -> Result<()> {
+pub fn adapter_laws(subject: &Subject<'_>, model: &mut CausalLm, sequences: &[Vec<i64>], folder: &Path) -> Result<()> {
     let bare_sites: Rc<dyn Sites> = Rc::new(Bare);
-    let distance = |a: &Tensor, b: &Tensor| (a - b).abs().max().double_value(&[]);
     let bare = logits(model, &bare_sites, sequences)?;
 
-    let adapter = (method.new)(model)?;
+    let adapter = (subject.new)(model)?;
     let sites: Rc<dyn Sites> = adapter.clone();
-    let start = distance(&logits(model, &sites, sequences)?, &bare);
-    assert!(start <= method.tolerance, "a method at its neutral start is the bare model; logits differ by {start:e}");
+    if subject.starts_neutral {
+        let start = distance(&logits(model, &sites, sequences)?, &bare);
+        assert!(start <= subject.tolerance, "a new adapter is the bare model; logits differ by {start:e}");
+    }
 
     disturb(adapter.as_ref(), 0.1);
     let on = logits(model, &sites, sequences)?;
     let moved = distance(&on, &bare);
-    assert!(moved > 100.0 * method.tolerance, "trained values act; logits moved by {moved:e}");
+    assert!(moved > 100.0 * subject.tolerance, "trained values act; logits moved by {moved:e}");
 
     adapter.set_enabled(false);
     assert!(logits(model, &sites, sequences)?.equal(&bare), "switched off, it is the bare model");
     adapter.set_enabled(true);
     assert!(logits(model, &sites, sequences)?.equal(&on), "switched on again, it is as before");
 
+    let alone: Vec<Tensor> =
+        sequences.iter().map(|ids| logits(model, &sites, std::slice::from_ref(ids))).collect::<Result<_>>()?;
+    let packed = distance(&Tensor::cat(&alone, 0), &on);
+    assert!(packed <= subject.tolerance, "packed is as alone; logits differ by {packed:e}");
+    decoding_laws(subject, model, &sites, sequences)?;
+    training_laws(subject, adapter.as_ref(), &sites, model, sequences)?;
+
     let weights: Vec<(String, Tensor)> =
         model.named_parameters()?.into_iter().map(|(name, tensor)| (name, tensor.copy())).collect();
-    adapter.merge_into(model)?;
-    assert!(adapter.merge_into(model).is_err(), "a second merge is refused");
-    let merged = logits(model, &bare_sites, sequences)?;
-    let difference = distance(&merged, &on);
-    assert!(difference <= method.tolerance, "merged, the bare model gives the adapter's values; off by {difference:e}");
-    assert!(logits(model, &sites, sequences)?.equal(&merged), "merged, the adapter adds nothing more");
-    adapter.unmerge_from(model)?;
-    assert!(adapter.unmerge_from(model).is_err(), "a second unmerge is refused");
+    if subject.is_mergeable {
+        merging_laws(subject, adapter.as_ref(), &sites, model, sequences)?;
+    } else {
+        let error = adapter.merge_into(model).expect_err("a method that is no change of weights is not merged");
+        assert!(matches!(error, PeftError::NotMergeable { .. }), "{error}");
+    }
     for ((name, before), (_, after)) in weights.iter().zip(model.named_parameters()?) {
         assert!(before.equal(&after), "unmerged, `{name}` is what it was");
     }
-    assert!(logits(model, &sites, sequences)?.equal(&on), "unmerged, the adapter acts as before");
+    let on = logits(model, &sites, sequences)?;
 
     let saved = folder.join("adapter");
     adapter.save(&saved)?;
-    let loaded = (method.load)(&saved, model)?;
-    for ((name, a), (other, b)) in adapter.parameters().into_iter().zip(loaded.parameters()) {
+    let loaded = (subject.load)(&saved, model)?;
+    let (ours, theirs) = (adapter.parameters(), loaded.parameters());
+    assert_eq!(ours.len(), theirs.len(), "as many tensors come back as were saved");
+    for ((name, a), (other, b)) in ours.into_iter().zip(theirs) {
         assert!(name == other && a.equal(&b), "`{name}` survives saving and loading");
     }
     let sites: Rc<dyn Sites> = loaded;
     assert!(logits(model, &sites, sequences)?.equal(&on), "saved and loaded, it gives the same values");
 
+    // A step may have left the update small; the gradients are checked where it is not.
+    disturb(adapter.as_ref(), 0.05);
     adapter_gradients(adapter.as_ref(), model)
+}
+
+/// Decoding with a key/value cache is running the whole sequence.
+fn decoding_laws(subject: &Subject<'_>, model: &CausalLm, sites: &Rc<dyn Sites>, sequences: &[Vec<i64>]) -> Result<()> {
+    let config = GenerateConfig { max_new_tokens: 5, with_logprobs: true, ..Default::default() };
+    let rows = generate(model, None, sequences, &config, sites, |_, _| true)?;
+    for (prompt, row) in sequences.iter().zip(&rows) {
+        let group = PromptGroup::single(prompt.clone(), Completion::new(row.token_ids.clone()));
+        let batch = PackedBatch::new(&[group], model.device())?;
+        let whole = model.label_logprobs(&batch, sites, RunOptions::default(), &LabelLogprobs::default())?;
+        let logprobs = row.logprobs.clone().unwrap_or_default();
+        let off = distance(&Tensor::from_slice(&logprobs), &whole.logprobs.to_device(Device::Cpu));
+        assert!(off <= subject.tolerance, "decoded is as computed whole; log-probs differ by {off:e}");
+    }
+    Ok(())
+}
+
+/// Minus the sum of all log-probs and the gradients of the adapter's values.
+fn gradients(
+    adapter: &dyn Adapter,
+    sites: &Rc<dyn Sites>,
+    model: &CausalLm,
+    groups: &[PromptGroup],
+    run: RunOptions,
+) -> Result<(f64, Vec<(String, Tensor)>)> {
+    adapter.parameters().iter_mut().for_each(|(_, tensor)| tensor.zero_grad());
+    let batch = PackedBatch::new(groups, model.device())?;
+    let loss = -model.label_logprobs(&batch, sites, run, &LabelLogprobs::default())?.logprobs.sum(Kind::Double);
+    loss.backward();
+    let grads = adapter.parameters().into_iter().map(|(name, tensor)| {
+        let grad = tensor.grad();
+        assert!(grad.defined(), "no gradient reaches `{name}`");
+        (name, grad.copy())
+    });
+    Ok((loss.double_value(&[]), grads.collect()))
+}
+
+/// Every value of the adapter learns and nothing else does; how a batch is laid out and computed changes no gradient.
+fn training_laws(
+    subject: &Subject<'_>,
+    adapter: &dyn Adapter,
+    sites: &Rc<dyn Sites>,
+    model: &CausalLm,
+    sequences: &[Vec<i64>],
+) -> Result<()> {
+    let (prompt, rest) = sequences[0].split_at(3);
+    let completions = [rest.to_vec(), sequences[1].clone()];
+    let shared = PromptGroup {
+        prompt: prompt.to_vec(),
+        completions: completions.iter().cloned().map(Completion::new).collect(),
+    };
+    let repeated: Vec<PromptGroup> =
+        completions.iter().map(|ids| PromptGroup::single(prompt.to_vec(), Completion::new(ids.clone()))).collect();
+    let run = |groups: &[PromptGroup], is_checkpointed| {
+        gradients(adapter, sites, model, groups, RunOptions { is_checkpointed })
+    };
+    let (loss, grads) = run(&repeated, false)?;
+    for (name, grad) in &grads {
+        assert!(grad.abs().max().double_value(&[]) > 0.0, "the gradient of `{name}` is zero");
+    }
+    for (name, tensor) in model.named_parameters()? {
+        assert!(!tensor.requires_grad() && !tensor.grad().defined(), "`{name}` of the frozen model is trained");
+    }
+    let same = |what: &str, (other, others): (f64, Vec<(String, Tensor)>)| {
+        let off = (loss - other).abs();
+        assert!(off <= 10.0 * subject.tolerance, "{what}: the loss is off by {off:e}");
+        for ((name, a), (_, b)) in grads.iter().zip(&others) {
+            let (off, size) = (distance(a, b), a.abs().max().double_value(&[]));
+            assert!(
+                off <= 100.0 * subject.tolerance * size.max(1.0),
+                "{what}: the gradient of `{name}` is off by {off:e}"
+            );
+        }
+    };
+    same("a shared prompt is as a repeated one", run(&[shared], false)?);
+    same("activation checkpointing changes nothing", run(&repeated, true)?);
+    let (first, second) = (run(&repeated[..1], false)?, run(&repeated[1..], false)?);
+    let sums = first.1.into_iter().zip(second.1).map(|((name, a), (_, b))| (name, a + b)).collect();
+    same("gradients accumulate over batches", (first.0 + second.0, sums));
+
+    run(&repeated, false)?;
+    let before: Vec<Tensor> = adapter.parameters().iter().map(|(_, tensor)| tensor.detach().copy()).collect();
+    AdamW::new(adapter.parameters(), AdamWConfig::default()).step(1e-3)?;
+    for ((name, after), before) in adapter.parameters().iter().zip(&before) {
+        assert!(!after.equal(before), "a step moves `{name}`");
+    }
+    Ok(())
+}
+
+/// Merged, the bare model gives the adapter's values; unmerged, it is the bare model again.
+fn merging_laws(
+    subject: &Subject<'_>,
+    adapter: &dyn Adapter,
+    sites: &Rc<dyn Sites>,
+    model: &mut CausalLm,
+    sequences: &[Vec<i64>],
+) -> Result<()> {
+    let bare_sites: Rc<dyn Sites> = Rc::new(Bare);
+    let on = logits(model, sites, sequences)?;
+    adapter.merge_into(model)?;
+    assert!(adapter.merge_into(model).is_err(), "a second merge is refused");
+    let merged = logits(model, &bare_sites, sequences)?;
+    let off = distance(&merged, &on);
+    assert!(off <= subject.tolerance, "merged, the bare model gives the adapter's values; off by {off:e}");
+    assert!(logits(model, sites, sequences)?.equal(&merged), "merged, the adapter adds nothing more");
+    adapter.unmerge_from(model)?;
+    assert!(adapter.unmerge_from(model).is_err(), "a second unmerge is refused");
+    assert!(logits(model, sites, sequences)?.equal(&on), "unmerged, the adapter acts as before");
+    Ok(())
+}
+
+/// A method over another base, in bf16 or 4 bits: it computes finite values, and its own get finite f32 gradients.
+///
+/// # Errors
+/// Those of the method.
+///
+/// # Panics
+/// As [`adapter_laws`].
+pub fn trains_over(subject: &Subject<'_>, model: &CausalLm, sequences: &[Vec<i64>]) -> Result<()> {
+    let adapter = (subject.new)(model)?;
+    disturb(adapter.as_ref(), 0.05);
+    let sites: Rc<dyn Sites> = adapter.clone();
+    let groups: Vec<PromptGroup> =
+        sequences.iter().map(|ids| PromptGroup::single(vec![], Completion::new(ids.clone()))).collect();
+    let (loss, grads) = gradients(adapter.as_ref(), &sites, model, &groups, RunOptions::default())?;
+    assert!(loss.is_finite(), "the loss is {loss}");
+    for (name, grad) in grads {
+        let largest = grad.abs().max().double_value(&[]);
+        assert!(grad.kind() == Kind::Float && largest.is_finite() && largest > 0.0, "`{name}`: {largest}");
+    }
+    Ok(())
 }
 
 /// Checks the gradients of all trained values and of the input at every linear layer: those of the layer's own values and

@@ -8,7 +8,7 @@ use crate::schedule::ScheduleConfig;
 use crate::step::{Optimization, finite, first_not_finite};
 use crate::tensorboard::EventWriter;
 use pt_model::{CausalLm, PackedBatch, RunOptions, Sites};
-use pt_peft::LoraConfig;
+use pt_peft::{LoraConfig, Method, MethodConfig};
 use pt_tensor::io::{SafetensorsReader, save_safetensors};
 use pt_tensor::{AdamWConfig, Device, LabelLogprobs, Tensor, no_grad, peak_memory_bytes};
 use schemars::JsonSchema;
@@ -52,8 +52,10 @@ pub struct SftConfig {
     pub early_stopping: Option<u64>,
     /// Seed of adapter weights and dropout (the order of rows has its own, `batch.seed`).
     pub seed: u64,
-    /// The adapter; null trains all weights.
-    pub lora: Option<LoraConfig>,
+    /// The parameter-efficient method, whose settings stand in the section of its name; null trains all weights.
+    pub peft: Option<Method>,
+    /// LoRA.
+    pub lora: LoraConfig,
 }
 
 impl Default for SftConfig {
@@ -74,7 +76,8 @@ impl Default for SftConfig {
             keep_checkpoints: 2,
             early_stopping: None,
             seed: 0,
-            lora: Some(LoraConfig::default()),
+            peft: Some(Method::Lora),
+            lora: LoraConfig::default(),
         }
     }
 }
@@ -106,6 +109,21 @@ impl SftConfig {
                 ),
             }),
             _ => Ok(()),
+        }
+    }
+
+    /// The chosen method with its settings.
+    pub fn method(&self) -> Option<MethodConfig> {
+        self.peft.map(|method| match method {
+            Method::Lora => MethodConfig::Lora(self.lora.clone()),
+        })
+    }
+
+    /// Chooses a method with its settings.
+    pub fn set_method(&mut self, method: MethodConfig) {
+        self.peft = Some(method.method());
+        match method {
+            MethodConfig::Lora(config) => self.lora = config,
         }
     }
 
@@ -160,7 +178,7 @@ impl SftConfig {
             faults.push(format!("adamw.weight_decay is {weight_decay}, expected at least 0"));
         }
         faults.extend(self.schedule.build(1).err().map(|fault| fault.to_string()));
-        faults.extend(self.lora.as_ref().and_then(|lora| lora.validate().err()).map(|fault| format!("lora: {fault}")));
+        faults.extend(self.method().and_then(|method| method.validate().err()).map(|fault| fault.to_string()));
         faults
     }
 }

@@ -220,7 +220,7 @@ fn sft(args: SftArgs) -> Result<ExitCode> {
     config.validate()?;
     let device = parse_device(&args.device)?;
     // All weights are trained in the number format of their masters.
-    let kind = if config.lora.is_some() { parse_kind(&args.dtype)?.kind(device) } else { Kind::Float };
+    let kind = if config.peft.is_some() { parse_kind(&args.dtype)?.kind(device) } else { Kind::Float };
     // The rows are a choice of questions, so the run keeps them; `pt sft --resume` finds them there.
     let own_file = |name: &str| std::path::absolute(args.output.join(name)).map(|path| path.display().to_string());
     let command = RunCommand {

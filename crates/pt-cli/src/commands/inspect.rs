@@ -6,8 +6,10 @@ use crate::run_command::RunCommand;
 use crate::talk::{Usage, say};
 use anyhow::Result;
 use pt_model::Pretrained;
-use pt_peft::LoraConfig;
+use pt_peft::{CONFIG_FILE, MethodConfig, TENSOR_FILE};
+use pt_tensor::io::SafetensorsReader;
 use pt_train::TrainError;
+use pt_train::config::flatten;
 use pt_train::data::{DataConfig, Row, preflight, read_rows, render_example, row_to_group};
 use pt_train::encoder::ModelEncoder;
 use pt_train::metrics::read_series;
@@ -36,11 +38,9 @@ pub(crate) struct Args {
 
 pub(crate) fn run(args: Args) -> Result<ExitCode> {
     // An adapter, or a checkpoint that holds one.
-    let adapter = ["", "adapter"].map(|part| args.path.join(part).join("adapter_config.json"));
-    if let Some(file) = adapter.iter().find(|file| file.exists()) {
-        let config = LoraConfig::from_peft_file(file)?;
-        say(serde_json::to_string_pretty(&config)?)?;
-        return Ok(ExitCode::SUCCESS);
+    let folders = ["", "adapter"].map(|part| args.path.join(part));
+    if let Some(folder) = folders.iter().find(|folder| folder.join(CONFIG_FILE).exists()) {
+        return adapter(&args, folder);
     }
     if args.path.join("config.yaml").exists() {
         return run_folder(&args);
@@ -63,6 +63,35 @@ fn is_data(path: &Path) -> bool {
     }
     let mut files = std::fs::read_dir(path).into_iter().flatten().flatten().map(|entry| entry.path());
     !path.join("config.json").exists() && files.any(|path| is_rows(&path))
+}
+
+/// What an adapter is: its method and settings, and what its file holds.
+fn adapter(args: &Args, folder: &Path) -> Result<ExitCode> {
+    let method = MethodConfig::from_folder(folder)?;
+    let file = folder.join(TENSOR_FILE);
+    let reader = SafetensorsReader::open(&file)?;
+    let bytes = std::fs::metadata(&file).map_or(0, |metadata| metadata.len());
+    let shapes = || reader.names().filter_map(|name| Some((name, reader.shape(name)?)));
+    let parameters: i64 = shapes().map(|(_, shape)| shape.iter().product::<i64>()).sum();
+    let settings = method.settings()?;
+    if args.json {
+        let tensors: serde_json::Map<_, _> = shapes().map(|(name, shape)| (name.into(), json!(shape))).collect();
+        let summary = json!({
+            "path": folder, "method": method.method().name(), "parameters": parameters, "bytes": bytes,
+            "settings": settings, "tensors": tensors,
+        });
+        say(serde_json::to_string_pretty(&summary)?)?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    let (path, name) = (folder.display(), method.method().name());
+    say(format_args!(
+        "{path}\n  an adapter: {name}, {parameters} parameters in {} tensors, {bytes} bytes",
+        reader.names().count()
+    ))?;
+    for (field, value) in flatten(&settings) {
+        say(format_args!("  {name}.{field}: {value}"))?;
+    }
+    Ok(ExitCode::SUCCESS)
 }
 
 /// What a run has come to. Only reads: opening it as `--resume` does would sweep away what a live trainer is writing.

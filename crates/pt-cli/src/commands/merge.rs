@@ -4,7 +4,7 @@ use crate::job::save_model;
 use crate::open::{FolderArgs, ModelArgs};
 use anyhow::Result;
 use pt_model::CausalLm;
-use pt_peft::{Adapter, LoraAdapter};
+use pt_peft::load_adapter;
 use pt_tensor::Kind;
 use std::process::ExitCode;
 
@@ -24,8 +24,7 @@ pub(crate) fn run(args: Args) -> Result<ExitCode> {
     let kind = args.model.saved_kind(&pretrained, Kind::Float)?;
     let mut model = CausalLm::load(&pretrained, args.model.device()?, kind)?;
     if let Some(folder) = &adapter {
-        let adapter = LoraAdapter::load(folder, &model)?;
-        adapter.merge_into(&mut model)?;
+        load_adapter(folder, &model)?.merge_into(&mut model)?;
     }
     args.folder.fill(|folder, max_shard_bytes| save_model(folder, &pretrained, &model, max_shard_bytes))?;
     Ok(ExitCode::SUCCESS)

@@ -8,7 +8,7 @@ use crate::run_command::{RunCommand, absolute, agreed, dtype_name};
 use crate::talk::{self, Usage};
 use anyhow::Result;
 use pt_model::{CausalLm, Pretrained};
-use pt_peft::LoraConfig;
+use pt_peft::{Method, MethodConfig};
 use pt_tensor::parse_kind;
 use pt_train::config::{fields_text, load_config, parse_set, to_commented_yaml, to_yaml};
 use pt_train::data::read_rows;
@@ -44,9 +44,12 @@ pub(crate) struct Args {
     /// YAML file with any of the fields listed below; --print-config prints one to start from.
     #[arg(long)]
     config: Option<PathBuf>,
-    /// Set one of the fields listed below, e.g. --set learning_rate=1e-4 or --set lora.rank=8 (--set lora=null trains all weights).
+    /// Set one of the fields listed below, e.g. --set learning_rate=1e-4 or --set lora.rank=8.
     #[arg(long, value_name = "FIELD=VALUE")]
     set: Vec<String>,
+    /// The parameter-efficient method, by one of the names below, or `none` to train all weights; lora when not given.
+    #[arg(long, value_name = "METHOD")]
+    peft: Option<String>,
     /// Held-out prompts that are answered before and after training, for the report; 4 when not given, 0 for none.
     #[arg(long)]
     samples: Option<usize>,
@@ -62,7 +65,11 @@ pub(crate) struct Args {
 }
 
 pub(crate) fn run(args: Args) -> Result<ExitCode> {
-    let sets = args.set.iter().map(|text| parse_set(text)).collect::<Result<Vec<_>, _>>()?;
+    let mut sets = args.set.iter().map(|text| parse_set(text)).collect::<Result<Vec<_>, _>>()?;
+    if let Some(method) = &args.peft {
+        let method = if method == "none" { "null".into() } else { method.replace('-', "_") };
+        sets.insert(0, ("peft".into(), method));
+    }
     // A resumed run goes on with its own configuration unless another is named.
     let saved = args.output.as_ref().filter(|_| args.resume).map(|run| run.join("config.yaml"));
     let saved = saved.filter(|path| path.exists());
@@ -94,11 +101,11 @@ pub(crate) fn run(args: Args) -> Result<ExitCode> {
     };
     let device = flags.device()?;
     let named = if flags.dtype == "auto" { None } else { Some(dtype_name(flags.kind()?)) };
-    command.dtype = match (&config.lora, named) {
+    command.dtype = match (config.peft, named) {
         // The number format of the masters.
         (None, None | Some("f32")) => "f32".into(),
         (None, Some(other)) => {
-            return Err(Usage(format!("--dtype is {other}: without lora all weights are trained, in f32")).into());
+            return Err(Usage(format!("--dtype is {other}: without a method all weights are trained, in f32")).into());
         }
         (Some(_), named) => {
             let kept = kept.as_ref().map(|kept| kept.dtype.as_str()).filter(|dtype| !dtype.is_empty());
@@ -174,7 +181,8 @@ fn say_complete(run: &Path, standing: &Standing) {
 /// What stands below the options of `pt sft --help`.
 fn help_on_fields() -> String {
     format!(
-        "Fields of --set and --config, with their defaults. lora=null trains all weights.\n\n{}",
+        "Methods of --peft: {}.\n\nFields of --set and --config, with their defaults. peft=null trains all weights.\n\n{}",
+        Method::ALL.map(Method::name).join(", "),
         fields_text::<SftConfig>()
     )
 }
@@ -202,18 +210,22 @@ fn settle(args: &Args, kept: RunCommand, run: &Path) -> Result<RunCommand> {
 
 /// An adapter that is trained on brings its own settings, which the run's configuration then shows.
 fn take_settings_of(adapter: &Path, config: &mut SftConfig, sets: &[(String, String)]) -> Result<()> {
-    if config.lora.is_none() {
-        let text = "lora is null, which trains all weights, and --adapter names an adapter to train: leave one out";
+    if config.peft.is_none() {
+        let text = "peft is null, which trains all weights, and --adapter names an adapter to train: leave one out";
         return Err(Usage(text.into()).into());
     }
-    let settings = LoraConfig::from_peft_file(&adapter.join("adapter_config.json"))?;
-    if let Some((key, value)) = sets.iter().find(|(key, _)| key == "lora" || key.starts_with("lora.")) {
+    let settings = MethodConfig::from_folder(adapter)?;
+    let is_of_method = |key: &str| {
+        let section = key.split('.').next().unwrap_or(key);
+        section == "peft" || Method::ALL.iter().any(|method| method.name() == section)
+    };
+    if let Some((key, value)) = sets.iter().find(|(key, _)| is_of_method(key)) {
         return Err(Usage(format!(
             "--set {key}={value} beside --adapter: the settings of {} hold; leave one out",
             adapter.display()
         ))
         .into());
     }
-    config.lora = Some(settings);
+    config.set_method(settings);
     Ok(())
 }

@@ -145,9 +145,9 @@ fn settings_that_contradict_each_other_are_refused() {
     workshop.stdout(&workshop.sft("first", &["--set", "max_steps=1"]));
     let adapter = "first/checkpoints/step-00000001/adapter";
     sft_refused(&workshop, &["--adapter", adapter], 2, &["--set lora.rank=2 beside --adapter"]);
-    let without_lora = ["sft", "--model", "model", "--data", "rows.jsonl", "--output", "run", "--set", "lora=null"];
+    let without_lora = ["sft", "--model", "model", "--data", "rows.jsonl", "--output", "run", "--peft", "none"];
     let with = |more: &[&'static str]| without_lora.iter().chain(more).copied().collect::<Vec<_>>();
-    refused(&workshop, &with(&["--adapter", adapter]), 2, &["lora is null"]);
+    refused(&workshop, &with(&["--adapter", adapter]), 2, &["peft is null"]);
     refused(&workshop, &with(&["--dtype", "bf16"]), 2, &["--dtype is bf16", "in f32"]);
     let score = ["score", "--model", "model", "--data", "rows.jsonl", "--set", "lora.rank=2"];
     refused(&workshop, &score, 2, &["--set lora.rank"]);
@@ -208,7 +208,7 @@ fn a_folder_without_an_adapter_is_told_what_to_name() {
     std::fs::create_dir(workshop.path("torn")).unwrap();
     workshop.write("torn/adapter_config.json", "{");
     refused(&workshop, &["inspect", "torn"], 1, &["torn/adapter_config.json: not valid JSON"]);
-    let full = ["--set", "lora=null", "--set", "max_steps=1", "--set", "data.max_length=64"];
+    let full = ["--peft", "none", "--set", "max_steps=1", "--set", "data.max_length=64"];
     let args = ["sft", "--model", "model", "--data", "rows.jsonl", "--output", "full", "--device", "cpu"];
     workshop.stdout(&[&args[..], &full].concat());
     refused(&workshop, &chat("full"), 1, &["all weights were trained", "--model full/checkpoints/step-00000001/model"]);

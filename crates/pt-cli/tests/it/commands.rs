@@ -131,7 +131,10 @@ fn inspect_shows_models_adapters_and_data_sets() {
 
     workshop.stdout(&workshop.sft("run", &["--set", "max_steps=1"]));
     let adapter = workshop.stdout(&["inspect", "run/checkpoints/step-00000001/adapter"]);
-    assert_eq!(serde_json::from_str::<serde_json::Value>(&adapter).unwrap()["rank"], 2);
+    assert!(adapter.contains("an adapter: lora, ") && adapter.contains("  lora.rank: 2\n"), "{adapter}");
+    let json = workshop.stdout(&["inspect", "run/checkpoints/step-00000001/adapter", "--json"]);
+    let json: serde_json::Value = serde_json::from_str(&json).unwrap();
+    assert_eq!((&json["method"], &json["settings"]["rank"]), (&"lora".into(), &2.into()));
 
     let data = |more: &[&'static str]| {
         let mut args = vec!["inspect", "rows.jsonl", "--model", "model", "--max-length", "64"];

@@ -1,9 +1,9 @@
 //! The laws of adapters, and several of them over one model.
 
-use crate::tiny;
+use crate::{bf16, nf4, tiny};
 use pt_model::{Bare, Linear, Sites};
-use pt_peft::testing::{Method, adapter_laws, disturb, logits};
-use pt_peft::{Adapter, AdapterSet, LoraAdapter, LoraConfig, Modules, PeftError};
+use pt_peft::testing::{Subject, adapter_laws, disturb, logits, trains_over};
+use pt_peft::{Adapter, AdapterSet, LoraAdapter, LoraConfig, Modules, PeftError, load_adapter};
 use pt_tensor::{Device, Kind, Tensor, no_grad};
 use std::rc::Rc;
 
@@ -17,12 +17,17 @@ fn two_sequences() -> Vec<Vec<i64>> {
 
 fn check(model: &str, config: LoraConfig) {
     let folder = tempfile::tempdir().unwrap();
-    let method = Method {
+    let subject = Subject {
         new: &|model| Ok(Rc::new(LoraAdapter::new(config.clone(), model, 3)?)),
-        load: &|folder, model| Ok(Rc::new(LoraAdapter::load(folder, model)?)),
+        load: &load_adapter,
         tolerance: 2e-5,
+        starts_neutral: true,
+        is_mergeable: true,
     };
-    adapter_laws(&method, &mut tiny(model), &two_sequences(), folder.path()).unwrap();
+    adapter_laws(&subject, &mut tiny(model), &two_sequences(), folder.path()).unwrap();
+    for base in [bf16(model), nf4(model)] {
+        trains_over(&subject, &base, &two_sequences()).unwrap();
+    }
 }
 
 fn rank4() -> LoraConfig {
@@ -41,6 +46,7 @@ fn lora_keeps_the_laws_with_modules_to_save() {
     check("llama_untied", LoraConfig { modules_to_save: vec!["lm_head".into(), "embed_tokens".into()], ..rank4() });
     check("llama", LoraConfig { modules_to_save: vec!["embed_tokens".into(), "model.norm".into()], ..rank4() });
     check("gpt2", LoraConfig { target_modules: names(&["c_fc"]), modules_to_save: vec!["c_attn".into()], ..rank4() });
+    check("gpt2", LoraConfig { modules_to_save: vec!["ln_f".into(), "ln_1".into(), "wpe".into()], ..rank4() });
 }
 
 #[test]
@@ -104,16 +110,8 @@ fn the_number_of_trained_values_is_rank_times_both_widths() {
 }
 
 #[test]
-fn a_parameter_that_the_model_does_not_ask_for_is_refused() {
-    let config = LoraConfig { modules_to_save: vec!["ln_f".into()], ..rank4() };
-    let error = LoraAdapter::new(config, &tiny("gpt2"), 1).unwrap_err().to_string();
-    assert!(error.contains("`transformer.ln_f.bias`, which cannot be trained whole yet"), "{error}");
-}
-
-#[test]
 fn in_bf16_a_trained_norm_and_factors_get_f32_gradients() {
-    let pretrained = pt_model::Pretrained::open(crate::fixtures().join("models/llama/model")).unwrap();
-    let model = pt_model::CausalLm::load(&pretrained, pt_tensor::Device::Cpu, pt_tensor::Kind::BFloat16).unwrap();
+    let model = bf16("llama");
     let config = LoraConfig { modules_to_save: vec!["model.norm".into()], ..rank4() };
     let adapter = Rc::new(LoraAdapter::new(config, &model, 1).unwrap());
     disturb(adapter.as_ref(), 0.05);
@@ -127,11 +125,6 @@ fn in_bf16_a_trained_norm_and_factors_get_f32_gradients() {
         assert!(grad.defined() && grad.kind() == pt_tensor::Kind::Float, "{name}");
         assert!(grad.abs().max().double_value(&[]) > 0.0, "{name} has a gradient of zero");
     }
-}
-
-fn bf16(name: &str) -> pt_model::CausalLm {
-    let pretrained = pt_model::Pretrained::open(crate::fixtures().join("models").join(name).join("model")).unwrap();
-    pt_model::CausalLm::load(&pretrained, Device::Cpu, Kind::BFloat16).unwrap()
 }
 
 fn on_output(model: &pt_model::CausalLm, lora_dropout: f64) -> Rc<LoraAdapter> {

@@ -5,8 +5,8 @@ mod files;
 mod golden;
 mod laws;
 
-use pt_model::{CausalLm, Pretrained};
-use pt_tensor::{Device, Kind};
+use pt_model::{CausalLm, LinearFormat, Pretrained};
+use pt_tensor::{Device, Kind, Nf4Arithmetic, Nf4Options};
 use std::path::{Path, PathBuf};
 
 /// `fixtures/`.
@@ -16,8 +16,23 @@ pub(crate) fn fixtures() -> PathBuf {
 
 /// A tiny model by its name under `fixtures/models/`.
 pub(crate) fn tiny(name: &str) -> CausalLm {
+    load(name, Kind::Float, LinearFormat::AsStored)
+}
+
+/// It in bf16.
+pub(crate) fn bf16(name: &str) -> CausalLm {
+    load(name, Kind::BFloat16, LinearFormat::AsStored)
+}
+
+/// It with its linear layers in 4 bits.
+pub(crate) fn nf4(name: &str) -> CausalLm {
+    let (options, arithmetic) = (Nf4Options::default(), Nf4Arithmetic::Exact);
+    load(name, Kind::Float, LinearFormat::Nf4 { options, arithmetic, with_output: false })
+}
+
+fn load(name: &str, kind: Kind, format: LinearFormat) -> CausalLm {
     let pretrained = Pretrained::open(fixtures().join("models").join(name).join("model")).unwrap();
-    CausalLm::load(&pretrained, Device::Cpu, Kind::Float).unwrap()
+    CausalLm::load_with(&pretrained, Device::Cpu, kind, format).unwrap()
 }
 
 /// Splits `input_ids` of a case into its sequences.

@@ -58,7 +58,7 @@ pub(crate) fn config() -> SftConfig {
         max_grad_norm: Some(1.0),
         batch: BatchConfig { batch_size: 4, accumulation: 2, shuffle: false, ..Default::default() },
         save_every: 0,
-        lora: None,
+        peft: None,
         ..Default::default()
     }
 }

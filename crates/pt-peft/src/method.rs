@@ -1,0 +1,118 @@
+//! Every method by its name: settings, a new adapter, an adapter from a folder.
+
+use crate::config::read_json;
+use crate::files::{CONFIG_FILE, check_has_settings};
+use crate::{Adapter, LoraAdapter, LoraConfig, PeftError, Result};
+use pt_model::{CausalLm, Tokenizer};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+use std::path::Path;
+use std::rc::Rc;
+
+/// A parameter-efficient method.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Method {
+    /// A low-rank update of linear layers, with DoRA and its other variants.
+    #[default]
+    Lora,
+}
+
+impl Method {
+    /// Every method.
+    pub const ALL: [Self; 1] = [Self::Lora];
+
+    /// Its name in configurations: the section of its settings.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Lora => "lora",
+        }
+    }
+}
+
+/// A method with its settings.
+#[derive(Debug, Clone, PartialEq)]
+pub enum MethodConfig {
+    /// See [`LoraConfig`].
+    Lora(LoraConfig),
+}
+
+impl MethodConfig {
+    /// Which method it is.
+    pub fn method(&self) -> Method {
+        match self {
+            Self::Lora(_) => Method::Lora,
+        }
+    }
+
+    /// Checks ranges and combinations.
+    ///
+    /// # Errors
+    /// [`PeftError::Config`] with every fault.
+    pub fn validate(&self) -> Result<()> {
+        match self {
+            Self::Lora(config) => config.validate(),
+        }
+    }
+
+    /// The settings of the adapter in a folder.
+    ///
+    /// # Errors
+    /// [`PeftError::NotAnAdapter`], [`PeftError::Read`], [`PeftError::Json`], [`PeftError::Field`] for a method that is
+    /// not known, and those of the method's own settings.
+    pub fn from_folder(folder: &Path) -> Result<Self> {
+        check_has_settings(folder)?;
+        let path = folder.join(CONFIG_FILE);
+        let value = read_json(&path)?;
+        let found = value.get("peft_type").cloned().unwrap_or_default();
+        match found.as_str() {
+            Some("LORA") => Ok(Self::Lora(LoraConfig::from_peft_file(&path)?)),
+            _ => Err(PeftError::Field {
+                path,
+                field: "peft_type".into(),
+                found: if found.is_null() { "missing".into() } else { found.to_string() },
+                expected: "a method that is known here: \"LORA\"".into(),
+            }),
+        }
+    }
+
+    /// The settings as JSON, for people to read.
+    ///
+    /// # Errors
+    /// [`PeftError::Json`], which no settings that were read or validated give.
+    pub fn settings(&self) -> Result<Value> {
+        let value = match self {
+            Self::Lora(config) => serde_json::to_value(config),
+        };
+        value.map_err(|source| PeftError::Json { path: CONFIG_FILE.into(), source })
+    }
+
+    /// Notes the base model's name, which adapter files carry, unless the settings have one.
+    pub fn note_base_model(&mut self, name: &str) {
+        let field = match self {
+            Self::Lora(config) => &mut config.base_model_name_or_path,
+        };
+        field.get_or_insert_with(|| name.into());
+    }
+
+    /// A new adapter for a model. Methods that start from a text need the model's tokenizer.
+    ///
+    /// # Errors
+    /// Those of the method.
+    pub fn create(&self, model: &CausalLm, _tokenizer: Option<&Tokenizer>, seed: u64) -> Result<Rc<dyn Adapter>> {
+        Ok(match self {
+            Self::Lora(config) => Rc::new(LoraAdapter::new(config.clone(), model, seed)?),
+        })
+    }
+}
+
+/// Loads an adapter of whatever method a folder holds.
+///
+/// # Errors
+/// As [`MethodConfig::from_folder`], and those of the method's own `load`.
+pub fn load_adapter(folder: &Path, model: &CausalLm) -> Result<Rc<dyn Adapter>> {
+    Ok(match MethodConfig::from_folder(folder)? {
+        MethodConfig::Lora(_) => Rc::new(LoraAdapter::load(folder, model)?),
+    })
+}
