@@ -66,9 +66,10 @@ fn filter(area: &str) -> String {
 }
 
 fn write_fixtures(generators: &Path, chosen: &[String]) -> Result<()> {
-    let python = pinned_python("venv-golden", &generators.join("requirements.txt"))?;
     for name in chosen {
-        let mut command = Command::new(&python);
+        let (environment, requirements) = environment_of(name);
+        let python = pinned_python(environment, &generators.join(requirements))?;
+        let mut command = Command::new(python);
         command.arg(generators.join(format!("{name}.py")));
         if READ_SMOLLM2.contains(&name.as_str()) {
             command.arg("--gguf").arg(fetch::one(SMOLLM2)?);
@@ -77,6 +78,14 @@ fn write_fixtures(generators: &Path, chosen: &[String]) -> Result<()> {
     }
     eprintln!("fixtures are written; `cargo xtask golden` compares with them");
     Ok(())
+}
+
+/// The Python environment of a generator, and the list of its packages: AdapterHub's package pins an older transformers.
+fn environment_of(area: &str) -> (&'static str, &'static str) {
+    match area {
+        "bottleneck" => ("venv-adapters", "adapters_requirements.txt"),
+        _ => ("venv-golden", "requirements.txt"),
+    }
 }
 
 /// Generators that read the real model, and are told where it is.

@@ -6,7 +6,7 @@ use crate::open::no_tokenizer;
 use crate::run_command::RunCommand;
 use crate::talk;
 use anyhow::{Context, Result, bail};
-use pt_model::{Bare, CausalLm, Pretrained, Sites};
+use pt_model::{Architecture, Bare, CausalLm, Pretrained, Sites};
 use pt_peft::{Adapter, load_adapter};
 use pt_tensor::{Device, Kind, Tensor};
 use pt_train::config::{flatten, to_yaml};
@@ -153,6 +153,9 @@ impl Job {
             self.kind,
             self.device
         );
+        if let Some(note) = adapter.as_ref().and_then(|adapter| adapter.note()) {
+            eprintln!("{note}");
+        }
         let model = &*model;
         let encoder = ModelEncoder::new(pretrained).ok_or_else(|| no_tokenizer(pretrained))?;
         let (eval_groups, eval_rows) = match &checked.eval {
@@ -354,8 +357,9 @@ pub(crate) fn save_model(
     model: &CausalLm,
     max_shard_bytes: usize,
 ) -> pt_train::Result<()> {
-    let parameters = model.named_parameters()?;
+    let mut parameters = model.named_parameters()?;
     let mut config = pretrained.config.raw.clone();
+    give_new_biases_a_place(&mut parameters, &mut config, pretrained, model)?;
     config.insert("tie_word_embeddings".into(), (!parameters.iter().any(|(name, _)| name == "lm_head.weight")).into());
     let kind = match model.kind() {
         Kind::BFloat16 => "bfloat16",
@@ -367,6 +371,42 @@ pub(crate) fn save_model(
     // The parameters are dense, whatever the weights were read from.
     config.remove("quantization_config");
     save_checkpoint(folder, pretrained, &parameters, &config, max_shard_bytes)
+}
+
+/// Says in the configuration that there are biases which a merge has added (BitFit), where the architecture can say so: a
+/// Llama has them on all parts of its attention or none, and so its MLP, so that those without get zeros.
+fn give_new_biases_a_place(
+    parameters: &mut Vec<(String, Tensor)>,
+    config: &mut serde_json::Map<String, serde_json::Value>,
+    pretrained: &Pretrained,
+    model: &CausalLm,
+) -> pt_train::Result<()> {
+    let known = &pretrained.config;
+    let has_place = |path: &str| match path.rsplit('.').next() {
+        _ if known.architecture == Architecture::Gpt2 => true,
+        Some("q_proj" | "k_proj" | "v_proj") => known.qkv_bias,
+        Some("o_proj") => known.attention_output_bias,
+        _ => known.mlp_bias,
+    };
+    for (part, flag) in [(".self_attn.", "attention_bias"), (".mlp.", "mlp_bias")] {
+        let layers: Vec<_> = model.linear_layers().filter(|layer| layer.path.contains(part)).collect();
+        let Some(new) = layers.iter().find(|layer| layer.bias.is_some() && !has_place(&layer.path)) else { continue };
+        if known.architecture != Architecture::Llama {
+            let place = known.architecture.model_type();
+            let message = format!(
+                "`{}` has a bias that the adapter added, and a {place} checkpoint has no place for it: expected an \
+                 adapter that is kept beside the model (--adapter)",
+                new.path
+            );
+            return Err(pt_train::TrainError::Config { place: "merging".into(), message });
+        }
+        config.insert(flag.into(), true.into());
+        for layer in layers.iter().filter(|layer| layer.bias.is_none()) {
+            let zeros = Tensor::zeros([layer.weight.size().0], (model.kind(), model.device()));
+            parameters.push((format!("{}.bias", layer.path), zeros));
+        }
+    }
+    Ok(())
 }
 
 /// Weights, configuration and tokenizer; the folder may exist.

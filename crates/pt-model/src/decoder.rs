@@ -375,6 +375,16 @@ impl CausalLm {
         Ok(all)
     }
 
+    /// Every bias, of norms and linear layers, by its Hugging Face name; no weight is decoded.
+    pub fn biases(&self) -> Vec<(String, Tensor)> {
+        let mut all = self.plain_parameters();
+        all.retain(|(name, _)| name.ends_with(".bias"));
+        for linear in self.own_linears() {
+            all.extend(linear.bias.iter().map(|bias| (format!("{}.bias", linear.path), bias.shallow_clone())));
+        }
+        all
+    }
+
     /// A parameter by its Hugging Face name, in the file's layout; for the output layer also where it is tied. Only this one is decoded
     /// if it is quantized.
     pub fn parameter(&self, path: &str) -> Option<Tensor> {

@@ -30,6 +30,11 @@ pub trait Adapter: Sites {
         self.parameters().iter().map(|(_, tensor)| tensor.numel()).sum()
     }
 
+    /// What whoever starts a run should know of it, in a sentence.
+    fn note(&self) -> Option<String> {
+        None
+    }
+
     /// Switches the adapter on or off; off, it is the bare model.
     fn set_enabled(&self, is_enabled: bool);
 
@@ -94,7 +99,16 @@ pub(crate) struct Merged {
 struct Displaced {
     index: usize,
     before: (Rc<dyn Weight>, Option<Tensor>),
-    installed: Rc<dyn Weight>,
+    installed: (Rc<dyn Weight>, Option<Tensor>),
+}
+
+impl Displaced {
+    /// Whether a layer still has what the merge put there. A merge may change the bias alone.
+    fn is_installed_in(&self, layer: &Linear) -> bool {
+        let address = |bias: &Option<Tensor>| bias.as_ref().map(Tensor::data_ptr);
+        let (weight, bias) = &self.installed;
+        layer.index == self.index && Rc::ptr_eq(&layer.weight, weight) && address(&layer.bias) == address(bias)
+    }
 }
 
 /// A parameter that was overwritten in place, with its values before the merge and after it.
@@ -177,7 +191,8 @@ impl Merged {
                 let old_bias = layer.bias.as_ref().map(Tensor::shallow_clone);
                 let old_weight = std::mem::replace(&mut layer.weight, weight.clone());
                 layer.bias = bias.or_else(|| layer.bias.take());
-                self.layers.push(Displaced { index, before: (old_weight, old_bias), installed: weight });
+                let installed = (weight, layer.bias.as_ref().map(Tensor::shallow_clone));
+                self.layers.push(Displaced { index, before: (old_weight, old_bias), installed });
             }
         }
     }
@@ -194,10 +209,7 @@ impl Merged {
     /// Gives everything back; on an error nothing is changed.
     fn restore(&self, layers: &mut [&mut Linear]) -> Result<()> {
         for displaced in &self.layers {
-            let is_ours = layers
-                .iter()
-                .any(|layer| layer.index == displaced.index && Rc::ptr_eq(&layer.weight, &displaced.installed));
-            if !is_ours {
+            if !layers.iter().any(|layer| displaced.is_installed_in(layer)) {
                 return Err(not_ours());
             }
         }

@@ -1,7 +1,7 @@
 //! What an adapter goes on.
 
 use crate::Result;
-use pt_model::{CausalLm, Linear};
+use pt_model::{Architecture, CausalLm, Linear};
 use pt_tensor::{Kind, Tensor, no_grad};
 
 /// The frozen side of an adapter: a [`CausalLm`], or linear layers of a model of one's own (a slice of [`Linear`], each
@@ -12,6 +12,12 @@ pub struct Base<'a> {
     /// Position of the output layer, which `all-linear` leaves out.
     pub(crate) output: Option<usize>,
     model: Option<&'a CausalLm>,
+}
+
+/// Module path of a decoder layer: `model.layers.0`.
+pub(crate) fn layer_path(model: &CausalLm, layer: usize) -> String {
+    let stem = if model.config().architecture == Architecture::Gpt2 { "transformer.h" } else { "model.layers" };
+    format!("{stem}.{layer}")
 }
 
 impl<'a> From<&'a CausalLm> for Base<'a> {
@@ -29,6 +35,11 @@ impl<'a> From<&'a [Linear]> for Base<'a> {
 }
 
 impl Base<'_> {
+    /// The family of the model; none of layers alone.
+    pub(crate) fn architecture(&self) -> Option<Architecture> {
+        self.model.map(|model| model.config().architecture)
+    }
+
     /// What the model computes in.
     pub(crate) fn kind(&self) -> Kind {
         let of_layers = || self.layers.first().map_or(Kind::Float, |layer| layer.weight.kind());
@@ -46,6 +57,12 @@ impl Base<'_> {
             all.extend(layer.bias.iter().map(|bias| (format!("{}.bias", layer.path), bias.shallow_clone())));
         }
         Ok(all)
+    }
+
+    /// Every bias by its name.
+    pub(crate) fn biases(&self) -> Vec<(String, Tensor)> {
+        let of_layer = |layer: &&Linear| Some((format!("{}.bias", layer.path), layer.bias.as_ref()?.shallow_clone()));
+        self.model.map_or_else(|| self.layers.iter().filter_map(of_layer).collect(), CausalLm::biases)
     }
 
     /// A parameter by its name.

@@ -16,6 +16,30 @@ pub const TENSOR_FILE: &str = "adapter_model.safetensors";
 /// What PEFT puts before the path of a module in a tensor's name.
 pub(crate) const MODULES: &str = "base_model.model.";
 
+/// How a package lays out an adapter's folder.
+#[derive(Debug)]
+pub(crate) struct Layout {
+    /// The hub's name of the package.
+    library: &'static str,
+    /// The file of tensors.
+    pub(crate) tensor_file: &'static str,
+    /// Its pickled form, which is refused.
+    pickle: &'static str,
+    /// What stands before the names of tensors.
+    prefix: &'static str,
+}
+
+/// PEFT's; some methods have another prefix.
+pub(crate) const PEFT: Layout =
+    Layout { library: "peft", tensor_file: TENSOR_FILE, pickle: "adapter_model.bin", prefix: MODULES };
+/// AdapterHub's `adapters`.
+pub(crate) const ADAPTER_HUB: Layout = Layout {
+    library: "adapter-transformers",
+    tensor_file: "adapter.safetensors",
+    pickle: "pytorch_adapter.bin",
+    prefix: "",
+};
+
 /// A tensor of the adapter and how the file has it.
 #[derive(Debug)]
 pub(crate) struct Entry {
@@ -73,7 +97,18 @@ impl AdapterFile {
         prefix: &'static str,
         expected: &BTreeMap<String, Vec<i64>>,
     ) -> Result<Self> {
-        let file = Self { reader: SafetensorsReader::open(folder.join(TENSOR_FILE))?, prefix };
+        Self::open_as(folder, base, &Layout { prefix, ..PEFT }, expected)
+    }
+
+    /// As [`open`](Self::open), in another package's layout.
+    pub(crate) fn open_as(
+        folder: &Path,
+        base: &Base<'_>,
+        layout: &Layout,
+        expected: &BTreeMap<String, Vec<i64>>,
+    ) -> Result<Self> {
+        let reader = SafetensorsReader::open(folder.join(layout.tensor_file))?;
+        let file = Self { reader, prefix: layout.prefix };
         file.check(expected, base)?;
         Ok(file)
     }
@@ -143,21 +178,28 @@ pub(crate) fn check_has_settings(folder: &Path) -> Result<()> {
 
 /// Says what is wrong with a folder that holds no adapter we can read.
 pub(crate) fn check_folder(folder: &Path) -> Result<()> {
+    check_folder_as(folder, &PEFT)
+}
+
+/// As [`check_folder`], in another package's layout.
+pub(crate) fn check_folder_as(folder: &Path, layout: &Layout) -> Result<()> {
+    let Layout { tensor_file, pickle, .. } = layout;
     check_has_settings(folder)?;
-    if folder.join(TENSOR_FILE).exists() {
+    if folder.join(tensor_file).exists() {
         return Ok(());
     }
-    if folder.join("adapter_model.bin").exists() {
+    if folder.join(pickle).exists() {
         return not_an_adapter(
             folder,
-            "the tensors are in adapter_model.bin, a pickle, which can run code when it is read".into(),
-            "convert it where you trust it: in Python, \
-             `from safetensors.torch import save_file; import torch; \
-             save_file(torch.load(\"adapter_model.bin\", weights_only=True), \"adapter_model.safetensors\")`"
-                .into(),
+            format!("the tensors are in {pickle}, a pickle, which can run code when it is read"),
+            format!(
+                "convert it where you trust it: in Python, `from safetensors.torch import save_file; import torch; \
+                 save_file({{k: v.clone() for k, v in torch.load(\"{pickle}\", weights_only=True).items()}}, \
+                 \"{tensor_file}\")`"
+            ),
         );
     }
-    not_an_adapter(folder, format!("no {TENSOR_FILE}"), "the save was cut short or the file was not copied".into())
+    not_an_adapter(folder, format!("no {tensor_file}"), "the save was cut short or the file was not copied".into())
 }
 
 /// What the model card says.
@@ -173,14 +215,14 @@ pub(crate) struct Card<'a> {
 
 impl Card<'_> {
     /// The tags that PEFT writes and that the hub reads, and the settings in a sentence.
-    fn text(&self) -> String {
+    fn text(&self, library: &str) -> String {
         let Self { base, tag, title, settings } = self;
         let base = base.unwrap_or("");
         // YAML: a single quote inside single quotes is doubled.
         let quoted = base.replace('\'', "''");
         let of_base = if base.is_empty() { String::new() } else { format!(" for `{base}`") };
         format!(
-            "---\nbase_model: '{quoted}'\nlibrary_name: peft\npipeline_tag: text-generation\ntags:\n\
+            "---\nbase_model: '{quoted}'\nlibrary_name: {library}\npipeline_tag: text-generation\ntags:\n\
              - 'base_model:adapter:{quoted}'\n- {tag}\n- transformers\n---\n\n# {title}\n\n{title}{of_base}: {settings}.\n"
         )
     }
@@ -191,10 +233,22 @@ impl Card<'_> {
 pub(crate) fn save(
     folder: &Path,
     config: &str,
-    prefix: &str,
+    prefix: &'static str,
     entries: impl IntoIterator<Item = Entry>,
     card: &Card<'_>,
 ) -> Result<()> {
+    save_as(folder, &Layout { prefix, ..PEFT }, config, entries, card)
+}
+
+/// As [`save`], in another package's layout.
+pub(crate) fn save_as(
+    folder: &Path,
+    layout: &Layout,
+    config: &str,
+    entries: impl IntoIterator<Item = Entry>,
+    card: &Card<'_>,
+) -> Result<()> {
+    let prefix = layout.prefix;
     let tensor = |Entry { name, tensor, is_transposed }: Entry| {
         let tensor = no_grad(|| tensor.detach().to_kind(Kind::Float));
         (format!("{prefix}{name}"), if is_transposed { tensor.tr() } else { tensor })
@@ -202,11 +256,11 @@ pub(crate) fn save(
     let mut tensors: Vec<(String, Tensor)> = entries.into_iter().map(tensor).collect();
     tensors.sort_by(|a, b| a.0.cmp(&b.0));
     let fill = |folder: &Path| -> Result<()> {
-        save_safetensors(&folder.join(TENSOR_FILE), &tensors, &[("format", "pt")])?;
+        save_safetensors(&folder.join(layout.tensor_file), &tensors, &[("format", "pt")])?;
         let write_text =
             |name: &str, text: &str| write_atomically(&folder.join(name), |out| out.write_all(text.as_bytes()));
         if !folder.join("README.md").exists() {
-            write_text("README.md", &card.text())?;
+            write_text("README.md", &card.text(layout.library))?;
         }
         Ok(write_text(CONFIG_FILE, config)?)
     };

@@ -20,6 +20,25 @@ pub(crate) fn uniform(seed: u64, name: &str, len: usize, bound: f32) -> Vec<f32>
         .collect()
 }
 
+/// `len` values of a normal distribution with this deviation, from a seed and a name (Box and Muller 1958, over
+/// [`uniform`]); those beyond `cut` deviations are drawn again.
+pub(crate) fn normal(seed: u64, name: &str, len: usize, deviation: f32, cut: Option<f32>) -> Vec<f32> {
+    let mut values = Vec::with_capacity(len);
+    let mut round = 0;
+    while values.len() < len {
+        let name = if round == 0 { name.to_string() } else { format!("{name}#{round}") };
+        let pairs = uniform(seed, &name, 2 * (len - values.len()), 1.0);
+        let drawn = pairs.chunks_exact(2).map(|pair| {
+            // (0, 1] and [0, 1): the logarithm of neither is infinite.
+            let (u, v) = ((1.0 - pair[0]) / 2.0, (1.0 + pair[1]) / 2.0);
+            (-2.0 * u.ln()).sqrt() * (std::f32::consts::TAU * v).cos()
+        });
+        values.extend(drawn.filter(|z| cut.is_none_or(|cut| z.abs() <= cut)).map(|z| z * deviation));
+        round += 1;
+    }
+    values
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -34,5 +53,14 @@ mod tests {
         assert_eq!(values, uniform(1, "a", 4000, 0.5));
         assert_ne!(values, uniform(2, "a", 4000, 0.5));
         assert_ne!(values, uniform(1, "b", 4000, 0.5));
+    }
+
+    #[test]
+    fn normal_values_have_their_deviation_and_may_be_cut_off() {
+        let values = normal(1, "a", 20_000, 0.5, None);
+        let variance = values.iter().map(|v| v * v).sum::<f32>() / 20_000.0;
+        assert!((variance - 0.25).abs() < 0.01 && values.iter().any(|v| v.abs() > 1.5), "{variance}");
+        let cut = normal(1, "a", 20_000, 0.5, Some(2.0));
+        assert!(cut.len() == 20_000 && cut.iter().all(|v| v.abs() <= 1.0));
     }
 }

@@ -18,6 +18,9 @@
 //! | --- | --- |
 //! | [`Method`], [`MethodConfig`] | every method by name, its settings, new and from a folder |
 //! | `lora` | LoRA: forward and backward in one node |
+//! | `ia3` | IA3: vectors that scale outputs or inputs |
+//! | `bitfit` | BitFit: biases alone |
+//! | `bottleneck` | adapters of Houlsby, Pfeiffer and He, in AdapterHub's files |
 //! | `adapter` | the trait, and several adapters over one model |
 //! | `target` | which layers a method goes on |
 //! | `saved` | modules that are trained whole beside an adapter |
@@ -28,9 +31,12 @@
 
 mod adapter;
 mod base;
+mod bitfit;
+mod bottleneck;
 mod config;
 mod error;
 mod files;
+mod ia3;
 mod init;
 mod lora;
 mod method;
@@ -40,9 +46,14 @@ pub mod testing;
 
 pub use adapter::{Adapter, AdapterSet};
 pub use base::Base;
+pub use bitfit::{BitfitAdapter, BitfitConfig};
+pub use bottleneck::{
+    BottleneckAdapter, BottleneckConfig, InitWeights, NonLinearity, Preset, ReductionFactor, Scaling, TrainedScaling,
+};
 pub use config::Modules;
 pub use error::{PeftError, Result};
 pub use files::{CONFIG_FILE, TENSOR_FILE};
+pub use ia3::{Ia3Adapter, Ia3Config};
 pub use lora::{LoraAdapter, LoraConfig, lora_linear};
 pub use method::{Method, MethodConfig, load_adapter};
 pub use target::{Strictness, Targets, pattern_value, saved_parameters, target_layers};

@@ -1,8 +1,11 @@
 //! Every method by its name: settings, a new adapter, an adapter from a folder.
 
 use crate::config::read_json;
-use crate::files::{CONFIG_FILE, check_has_settings};
-use crate::{Adapter, LoraAdapter, LoraConfig, PeftError, Result};
+use crate::files::{ADAPTER_HUB, CONFIG_FILE, TENSOR_FILE, check_has_settings};
+use crate::{
+    Adapter, BitfitAdapter, BitfitConfig, BottleneckAdapter, BottleneckConfig, Ia3Adapter, Ia3Config, LoraAdapter,
+    LoraConfig, PeftError, Result,
+};
 use pt_model::{CausalLm, Tokenizer};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -17,16 +20,25 @@ pub enum Method {
     /// A low-rank update of linear layers, with DoRA and its other variants.
     #[default]
     Lora,
+    /// Vectors that scale what linear layers give or read.
+    Ia3,
+    /// Biases alone.
+    Bitfit,
+    /// Small networks after or beside attention and MLP.
+    Bottleneck,
 }
 
 impl Method {
     /// Every method.
-    pub const ALL: [Self; 1] = [Self::Lora];
+    pub const ALL: [Self; 4] = [Self::Lora, Self::Ia3, Self::Bitfit, Self::Bottleneck];
 
     /// Its name in configurations: the section of its settings.
     pub fn name(self) -> &'static str {
         match self {
             Self::Lora => "lora",
+            Self::Ia3 => "ia3",
+            Self::Bitfit => "bitfit",
+            Self::Bottleneck => "bottleneck",
         }
     }
 }
@@ -36,6 +48,12 @@ impl Method {
 pub enum MethodConfig {
     /// See [`LoraConfig`].
     Lora(LoraConfig),
+    /// See [`Ia3Config`].
+    Ia3(Ia3Config),
+    /// See [`BitfitConfig`].
+    Bitfit(BitfitConfig),
+    /// See [`BottleneckConfig`].
+    Bottleneck(BottleneckConfig),
 }
 
 impl MethodConfig {
@@ -43,6 +61,17 @@ impl MethodConfig {
     pub fn method(&self) -> Method {
         match self {
             Self::Lora(_) => Method::Lora,
+            Self::Ia3(_) => Method::Ia3,
+            Self::Bitfit(_) => Method::Bitfit,
+            Self::Bottleneck(_) => Method::Bottleneck,
+        }
+    }
+
+    /// Name of the file of tensors in an adapter's folder.
+    pub fn tensor_file(&self) -> &'static str {
+        match self {
+            Self::Bottleneck(_) => ADAPTER_HUB.tensor_file,
+            _ => TENSOR_FILE,
         }
     }
 
@@ -53,6 +82,9 @@ impl MethodConfig {
     pub fn validate(&self) -> Result<()> {
         match self {
             Self::Lora(config) => config.validate(),
+            Self::Ia3(config) => config.validate(),
+            Self::Bitfit(config) => config.validate(),
+            Self::Bottleneck(config) => config.validate(),
         }
     }
 
@@ -65,14 +97,20 @@ impl MethodConfig {
         check_has_settings(folder)?;
         let path = folder.join(CONFIG_FILE);
         let value = read_json(&path)?;
+        // AdapterHub's file has the name of PEFT's.
+        if BottleneckConfig::is_adapter_hub(&value) {
+            return Ok(Self::Bottleneck(BottleneckConfig::from_adapter_hub_file(&path)?));
+        }
         let found = value.get("peft_type").cloned().unwrap_or_default();
         match found.as_str() {
             Some("LORA") => Ok(Self::Lora(LoraConfig::from_peft_file(&path)?)),
+            Some("IA3") => Ok(Self::Ia3(Ia3Config::from_peft_file(&path)?)),
+            Some("BITFIT") => Ok(Self::Bitfit(BitfitConfig::from_file(&path)?)),
             _ => Err(PeftError::Field {
                 path,
                 field: "peft_type".into(),
                 found: if found.is_null() { "missing".into() } else { found.to_string() },
-                expected: "a method that is known here: \"LORA\"".into(),
+                expected: "a method that is known here: \"LORA\", \"IA3\" or \"BITFIT\"".into(),
             }),
         }
     }
@@ -84,6 +122,9 @@ impl MethodConfig {
     pub fn settings(&self) -> Result<Value> {
         let value = match self {
             Self::Lora(config) => serde_json::to_value(config),
+            Self::Ia3(config) => serde_json::to_value(config),
+            Self::Bitfit(config) => serde_json::to_value(config),
+            Self::Bottleneck(config) => serde_json::to_value(config),
         };
         value.map_err(|source| PeftError::Json { path: CONFIG_FILE.into(), source })
     }
@@ -92,6 +133,9 @@ impl MethodConfig {
     pub fn note_base_model(&mut self, name: &str) {
         let field = match self {
             Self::Lora(config) => &mut config.base_model_name_or_path,
+            Self::Ia3(config) => &mut config.base_model_name_or_path,
+            Self::Bitfit(config) => &mut config.base_model_name_or_path,
+            Self::Bottleneck(config) => &mut config.base_model_name_or_path,
         };
         field.get_or_insert_with(|| name.into());
     }
@@ -103,6 +147,9 @@ impl MethodConfig {
     pub fn create(&self, model: &CausalLm, _tokenizer: Option<&Tokenizer>, seed: u64) -> Result<Rc<dyn Adapter>> {
         Ok(match self {
             Self::Lora(config) => Rc::new(LoraAdapter::new(config.clone(), model, seed)?),
+            Self::Ia3(config) => Rc::new(Ia3Adapter::new(config.clone(), model)?),
+            Self::Bitfit(config) => Rc::new(BitfitAdapter::new(config.clone(), model)?),
+            Self::Bottleneck(config) => Rc::new(BottleneckAdapter::new(config.clone(), model, seed)?),
         })
     }
 }
@@ -114,5 +161,8 @@ impl MethodConfig {
 pub fn load_adapter(folder: &Path, model: &CausalLm) -> Result<Rc<dyn Adapter>> {
     Ok(match MethodConfig::from_folder(folder)? {
         MethodConfig::Lora(_) => Rc::new(LoraAdapter::load(folder, model)?),
+        MethodConfig::Ia3(_) => Rc::new(Ia3Adapter::load(folder, model)?),
+        MethodConfig::Bitfit(_) => Rc::new(BitfitAdapter::load(folder, model)?),
+        MethodConfig::Bottleneck(_) => Rc::new(BottleneckAdapter::load(folder, model)?),
     })
 }

@@ -130,6 +130,18 @@ pub fn pattern_value<'a, T>(
     Ok(None)
 }
 
+/// Whether a list holds an end of the path, wherever that begins, or a pattern matches the whole of it: how PEFT finds
+/// IA3's feed-forward layers.
+///
+/// # Errors
+/// [`PeftError::Pattern`].
+pub(crate) fn is_end_of(path: &str, field: &'static str, modules: &Modules) -> Result<bool> {
+    Ok(match Matcher::new(field, modules)? {
+        Matcher::Names(names) => names.iter().any(|name| path.ends_with(name.as_str())),
+        matcher => matcher.is_match(path),
+    })
+}
+
 enum Matcher<'a> {
     AllLinear,
     Pattern(Regex),

@@ -8,7 +8,7 @@ use crate::schedule::ScheduleConfig;
 use crate::step::{Optimization, finite, first_not_finite};
 use crate::tensorboard::EventWriter;
 use pt_model::{CausalLm, PackedBatch, RunOptions, Sites};
-use pt_peft::{LoraConfig, Method, MethodConfig};
+use pt_peft::{BitfitConfig, BottleneckConfig, Ia3Config, LoraConfig, Method, MethodConfig};
 use pt_tensor::io::{SafetensorsReader, save_safetensors};
 use pt_tensor::{AdamWConfig, Device, LabelLogprobs, Tensor, no_grad, peak_memory_bytes};
 use schemars::JsonSchema;
@@ -56,6 +56,12 @@ pub struct SftConfig {
     pub peft: Option<Method>,
     /// LoRA.
     pub lora: LoraConfig,
+    /// IA3.
+    pub ia3: Ia3Config,
+    /// BitFit.
+    pub bitfit: BitfitConfig,
+    /// Bottleneck adapters.
+    pub bottleneck: BottleneckConfig,
 }
 
 impl Default for SftConfig {
@@ -78,6 +84,9 @@ impl Default for SftConfig {
             seed: 0,
             peft: Some(Method::Lora),
             lora: LoraConfig::default(),
+            ia3: Ia3Config::default(),
+            bitfit: BitfitConfig::default(),
+            bottleneck: BottleneckConfig::default(),
         }
     }
 }
@@ -116,6 +125,9 @@ impl SftConfig {
     pub fn method(&self) -> Option<MethodConfig> {
         self.peft.map(|method| match method {
             Method::Lora => MethodConfig::Lora(self.lora.clone()),
+            Method::Ia3 => MethodConfig::Ia3(self.ia3.clone()),
+            Method::Bitfit => MethodConfig::Bitfit(self.bitfit.clone()),
+            Method::Bottleneck => MethodConfig::Bottleneck(self.bottleneck.clone()),
         })
     }
 
@@ -124,6 +136,9 @@ impl SftConfig {
         self.peft = Some(method.method());
         match method {
             MethodConfig::Lora(config) => self.lora = config,
+            MethodConfig::Ia3(config) => self.ia3 = config,
+            MethodConfig::Bitfit(config) => self.bitfit = config,
+            MethodConfig::Bottleneck(config) => self.bottleneck = config,
         }
     }
 

@@ -6,7 +6,7 @@ use crate::run_command::RunCommand;
 use crate::talk::{Usage, say};
 use anyhow::Result;
 use pt_model::Pretrained;
-use pt_peft::{CONFIG_FILE, MethodConfig, TENSOR_FILE};
+use pt_peft::{CONFIG_FILE, MethodConfig};
 use pt_tensor::io::SafetensorsReader;
 use pt_train::TrainError;
 use pt_train::config::flatten;
@@ -68,7 +68,7 @@ fn is_data(path: &Path) -> bool {
 /// What an adapter is: its method and settings, and what its file holds.
 fn adapter(args: &Args, folder: &Path) -> Result<ExitCode> {
     let method = MethodConfig::from_folder(folder)?;
-    let file = folder.join(TENSOR_FILE);
+    let file = folder.join(method.tensor_file());
     let reader = SafetensorsReader::open(&file)?;
     let bytes = std::fs::metadata(&file).map_or(0, |metadata| metadata.len());
     let shapes = || reader.names().filter_map(|name| Some((name, reader.shape(name)?)));

@@ -10,7 +10,7 @@ use std::path::Path;
 use std::rc::Rc;
 
 /// A value of `case.toml`, by a search for `key = `: numbers and strings only.
-fn setting(case: &Path, key: &str) -> String {
+pub(crate) fn setting(case: &Path, key: &str) -> String {
     let text = std::fs::read_to_string(case.join("case.toml")).unwrap();
     let line = text.lines().find_map(|line| line.strip_prefix(&format!("{key} = ")));
     line.unwrap_or_else(|| panic!("{}: no `{key}`", case.display())).trim_matches('"').to_string()

@@ -3,15 +3,18 @@
 use crate::{bf16, nf4, tiny};
 use pt_model::{Bare, Linear, Sites};
 use pt_peft::testing::{Subject, adapter_laws, disturb, logits, trains_over};
-use pt_peft::{Adapter, AdapterSet, LoraAdapter, LoraConfig, Modules, PeftError, load_adapter};
+use pt_peft::{
+    Adapter, AdapterSet, BitfitAdapter, BitfitConfig, BottleneckAdapter, BottleneckConfig, Ia3Adapter, Ia3Config,
+    LoraAdapter, LoraConfig, Modules, PeftError, Preset, Scaling, TrainedScaling, load_adapter,
+};
 use pt_tensor::{Device, Kind, Tensor, no_grad};
 use std::rc::Rc;
 
-fn names(names: &[&str]) -> Modules {
+pub(crate) fn names(names: &[&str]) -> Modules {
     Modules::Names(names.iter().map(ToString::to_string).collect())
 }
 
-fn two_sequences() -> Vec<Vec<i64>> {
+pub(crate) fn two_sequences() -> Vec<Vec<i64>> {
     vec![(1..9).collect(), vec![40, 3, 77]]
 }
 
@@ -28,6 +31,83 @@ fn check(model: &str, config: LoraConfig) {
     for base in [bf16(model), nf4(model)] {
         trains_over(&subject, &base, &two_sequences()).unwrap();
     }
+}
+
+/// The laws for a method that goes into weights and starts as the bare model.
+fn check_method(model: &str, new: &dyn Fn(&pt_model::CausalLm) -> pt_peft::testing::Made) {
+    let folder = tempfile::tempdir().unwrap();
+    let subject = Subject { new, load: &load_adapter, tolerance: 2e-5, starts_neutral: true, is_mergeable: true };
+    adapter_laws(&subject, &mut tiny(model), &two_sequences(), folder.path()).unwrap();
+    for base in [bf16(model), nf4(model)] {
+        trains_over(&subject, &base, &two_sequences()).unwrap();
+    }
+}
+
+#[test]
+fn ia3_keeps_the_laws_where_peft_puts_it_and_elsewhere() {
+    let check = |model: &str, config: Ia3Config| {
+        check_method(model, &|model| Ok(Rc::new(Ia3Adapter::new(config.clone(), model)?)));
+    };
+    for model in ["llama", "mistral", "qwen2", "gpt2"] {
+        check(model, Ia3Config::default());
+    }
+    let all = Some(Modules::Pattern("all-linear".into()));
+    check(
+        "llama_untied",
+        Ia3Config { target_modules: all, modules_to_save: vec!["lm_head".into()], ..Default::default() },
+    );
+    let output = Some(names(&["q_proj", "lm_head"]));
+    for feedforward in [&[][..], &["lm_head"]] {
+        let feedforward_modules = Some(names(feedforward));
+        check("llama", Ia3Config { target_modules: output.clone(), feedforward_modules, ..Default::default() });
+    }
+}
+
+#[test]
+fn bitfit_keeps_the_laws_with_the_models_biases_and_with_new_ones() {
+    let check = |model: &str, config: BitfitConfig| {
+        check_method(model, &|model| Ok(Rc::new(BitfitAdapter::new(config.clone(), model)?)));
+    };
+    for model in ["llama", "llama_untied", "mistral", "qwen2", "gpt2"] {
+        check(model, BitfitConfig::default());
+    }
+    let chosen = |target_modules| BitfitConfig { target_modules: Some(target_modules), ..Default::default() };
+    check("gpt2", chosen(names(&["ln_1", "mlp.c_fc"])));
+    check("qwen2", chosen(Modules::Pattern("all-linear".into())));
+    check("llama", chosen(Modules::Pattern(r".*\.(q_proj|down_proj)".into())));
+}
+
+#[test]
+fn bottleneck_adapters_keep_the_laws_in_each_form() {
+    let check = |model: &str, config: BottleneckConfig| {
+        let folder = tempfile::tempdir().unwrap();
+        let starts_neutral = config.preset == Preset::ParBn;
+        let subject = Subject {
+            new: &|model| Ok(Rc::new(BottleneckAdapter::new(config.clone(), model, 3)?)),
+            load: &load_adapter,
+            tolerance: 2e-5,
+            starts_neutral,
+            is_mergeable: false,
+        };
+        adapter_laws(&subject, &mut tiny(model), &two_sequences(), folder.path()).unwrap();
+        for base in [bf16(model), nf4(model)] {
+            trains_over(&subject, &base, &two_sequences()).unwrap();
+        }
+    };
+    for preset in [Preset::SeqBn, Preset::DoubleSeqBn, Preset::ParBn] {
+        for model in ["llama", "gpt2"] {
+            check(model, BottleneckConfig { preset, ..Default::default() });
+        }
+    }
+    let with_norms = BottleneckConfig {
+        preset: Preset::DoubleSeqBn,
+        ln_before: Some(true),
+        ln_after: Some(true),
+        scaling: Some(Scaling::Trained(TrainedScaling::Channel)),
+        ..Default::default()
+    };
+    check("mistral", with_norms.clone());
+    check("qwen2", BottleneckConfig { is_parallel: Some(true), leave_out: vec![0], ..with_norms });
 }
 
 fn rank4() -> LoraConfig {

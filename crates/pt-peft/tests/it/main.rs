@@ -1,8 +1,11 @@
 //! Adapters on the tiny models of `fixtures/`, against what PEFT wrote and computed.
 #![allow(clippy::unwrap_used)]
 
+mod bitfit;
+mod bottleneck;
 mod files;
 mod golden;
+mod golden_methods;
 mod laws;
 
 use pt_model::{CausalLm, LinearFormat, Pretrained};
