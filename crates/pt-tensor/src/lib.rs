@@ -44,4 +44,7 @@ pub use optim::{AdamW, AdamWConfig, clip_grad_norm_, global_grad_norm};
 pub use pool::TorchPool;
 pub use pt_quant::delta::{BitDelta, BitDeltaRef, ScaleAxis};
 pub use tch::{Device, IndexOp, Kind, TchError, Tensor, no_grad, set_num_threads};
-pub use weight::{DeltaWeight, DenseWeight, Nf4Arithmetic, Nf4Options, Nf4Weight, Weight, fit_delta, nf4_tensors};
+pub use weight::{
+    DeltaWeight, DenseWeight, Nf4Arithmetic, Nf4Options, Nf4Weight, ScaledSigns, Weight, add_deltas, fit_delta,
+    nf4_tensors,
+};

@@ -3,10 +3,12 @@
 mod delta;
 mod dense;
 mod nf4;
+mod signs;
 
-pub use delta::{DeltaWeight, fit_delta};
+pub use delta::DeltaWeight;
 pub use dense::DenseWeight;
 pub use nf4::{Nf4Arithmetic, Nf4Options, Nf4Weight, nf4_tensors};
+pub use signs::{ScaledSigns, add_deltas, fit_delta};
 
 use crate::Result;
 use tch::{Device, Kind, Tensor};
