@@ -64,12 +64,16 @@ pub struct PackedBatch {
     pub input_ids: Tensor,
     /// `[total_tokens]`, i64; a completion continues from its prompt.
     pub positions: Tensor,
+    /// The prompt group that each token belongs to, `[total_tokens]`.
+    pub prompt_of_token: Vec<usize>,
     /// Who attends to whom.
     pub plan: Arc<AttentionPlan>,
     /// `[num_labels]`, i64: the token whose hidden state predicts the label.
     pub label_positions: Tensor,
     /// `[num_labels]`, i64: the predicted tokens.
     pub label_ids: Tensor,
+    /// The prompt group that each label belongs to, `[num_labels]`.
+    pub prompt_of_label: Vec<usize>,
     /// The completion (counted through all groups) that each label belongs to.
     pub label_completion: Vec<i64>,
     /// Completions in all groups.
@@ -95,6 +99,7 @@ impl PackedBatch {
         let total: usize = groups.iter().map(PromptGroup::num_tokens).sum();
         let mut ids = Vec::with_capacity(total);
         let mut positions = Vec::with_capacity(total);
+        let mut prompt_of_token = Vec::with_capacity(total);
         let mut segments = Vec::new();
         let (mut label_positions, mut label_ids, mut label_completion) = (Vec::new(), Vec::new(), Vec::new());
         let mut last_positions = Vec::new();
@@ -108,6 +113,7 @@ impl PackedBatch {
                 let reason = format!("completion {nothing} is empty, and so is the prompt");
                 return Err(ModelError::Batch { group: index, reason });
             }
+            prompt_of_token.extend(std::iter::repeat_n(index, group.num_tokens()));
             let start = ids.len() as i64;
             let prompt_len = group.prompt.len() as i64;
             ids.extend_from_slice(&group.prompt);
@@ -151,6 +157,8 @@ impl PackedBatch {
         Ok(Self {
             input_ids: Tensor::from_slice(&ids).to_device(device),
             positions: Tensor::from_slice(&positions).to_device(device),
+            prompt_of_label: label_positions.iter().map(|&token: &i64| prompt_of_token[token as usize]).collect(),
+            prompt_of_token,
             plan: Arc::new(AttentionPlan { segments }),
             label_positions: Tensor::from_slice(&label_positions).to_device(device),
             label_ids: Tensor::from_slice(&label_ids).to_device(device),

@@ -480,6 +480,7 @@ impl CausalLm {
     /// # Errors
     /// When a shape does not fit or a sequence is longer than the context.
     pub fn hidden_states(&self, batch: &PackedBatch, sites: &Rc<dyn Sites>, options: RunOptions) -> Result<Tensor> {
+        let sites = &routed(sites, &batch.prompt_of_token)?;
         let hidden_states = self.run(&batch.input_ids, &batch.positions, self.packed(batch), sites, options)?;
         self.final_norm.forward(&hidden_states, sites.as_ref())
     }
@@ -495,8 +496,10 @@ impl CausalLm {
         run: RunOptions,
         options: &LabelLogprobs,
     ) -> Result<LabelOutput> {
-        let hidden_states = self.run(&batch.input_ids, &batch.positions, self.packed(batch), sites, run)?;
+        let on_tokens = routed(sites, &batch.prompt_of_token)?;
+        let hidden_states = self.run(&batch.input_ids, &batch.positions, self.packed(batch), &on_tokens, run)?;
         let predictors = hidden_states.f_index_select(0, &batch.label_positions)?;
+        let sites = routed(sites, &batch.prompt_of_label)?;
         let predictors = self.final_norm.forward(&predictors, sites.as_ref())?;
         let (predictors, weight) = sites.output(&self.lm_head, &predictors)?;
         Ok(pt_tensor::label_logprobs(&predictors, &weight, &batch.label_ids, options)?)
@@ -510,22 +513,32 @@ impl CausalLm {
         sites.linear(&self.lm_head, hidden_states)
     }
 
-    /// One step over a cache: `[tokens]` ids at positions → logits of `last` tokens, `[last.len(), vocab_size]`.
+    /// One step over a cache: `[tokens]` ids at positions → logits of `last` tokens, one a prompt, or of all,
+    /// `[.., vocab_size]`.
     pub(crate) fn step(
         &self,
         input_ids: &Tensor,
         positions: &Tensor,
         attend: Rc<dyn Attend>,
         last: Option<&Tensor>,
+        prompt_of_token: &[usize],
         sites: &Rc<dyn Sites>,
     ) -> Result<Tensor> {
-        let mut hidden_states = self.run(input_ids, positions, attend, sites, RunOptions::default())?;
+        let on_tokens = routed(sites, prompt_of_token)?;
+        let mut hidden_states = self.run(input_ids, positions, attend, &on_tokens, RunOptions::default())?;
+        let mut on_last = on_tokens;
         if let Some(last) = last {
             hidden_states = hidden_states.index_select(0, last);
+            on_last = routed(sites, &(0..last.size()[0] as usize).collect::<Vec<_>>())?;
         }
-        let normed = self.final_norm.forward(&hidden_states, sites.as_ref())?;
-        self.logits(&normed, sites.as_ref())
+        let normed = self.final_norm.forward(&hidden_states, on_last.as_ref())?;
+        self.logits(&normed, on_last.as_ref())
     }
+}
+
+/// The sites of one run over tokens of these prompts.
+fn routed(sites: &Rc<dyn Sites>, prompt_of_token: &[usize]) -> Result<Rc<dyn Sites>> {
+    Ok(sites.routed(prompt_of_token)?.unwrap_or_else(|| sites.clone()))
 }
 
 /// Takes tensors out of a source, checks shapes, and remembers what was used.

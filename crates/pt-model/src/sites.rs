@@ -119,6 +119,15 @@ pub trait Sites: std::fmt::Debug {
         None
     }
 
+    /// What stands in for these sites in one run over tokens of which the i-th belongs to prompt `prompt_of_token[i]` of
+    /// the batch, where prompts have methods of their own; `None`, where all have this one.
+    ///
+    /// # Errors
+    /// When a prompt has no method that is known, or methods cannot share a batch.
+    fn routed(&self, _prompt_of_token: &[usize]) -> Result<Option<Rc<dyn Sites>>> {
+        Ok(None)
+    }
+
     /// Switches on or off what is random in training only (dropout), off at first; returns whether it was on.
     fn set_training(&self, _is_training: bool) -> bool {
         false

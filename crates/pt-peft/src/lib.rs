@@ -21,7 +21,8 @@
 //! | `ia3` | IA3: vectors that scale outputs or inputs |
 //! | `bitfit` | BitFit: biases alone |
 //! | `bottleneck` | adapters of Houlsby, Pfeiffer and He, in AdapterHub's files |
-//! | `adapter` | the trait, and several adapters over one model |
+//! | `adapter` | the trait |
+//! | `set` | several adapters over one model, one or several for all prompts or one for each |
 //! | `target` | which layers a method goes on |
 //! | `saved` | modules that are trained whole beside an adapter |
 //! | `base` | what an adapter goes on: a model of ours, or layers of yours |
@@ -41,10 +42,11 @@ mod init;
 mod lora;
 mod method;
 mod saved;
+mod set;
 mod target;
 pub mod testing;
 
-pub use adapter::{Adapter, AdapterSet};
+pub use adapter::Adapter;
 pub use base::Base;
 pub use bitfit::{BitfitAdapter, BitfitConfig};
 pub use bottleneck::{
@@ -56,4 +58,5 @@ pub use files::{CONFIG_FILE, TENSOR_FILE};
 pub use ia3::{Ia3Adapter, Ia3Config};
 pub use lora::{LoraAdapter, LoraConfig, lora_linear};
 pub use method::{Method, MethodConfig, load_adapter};
+pub use set::AdapterSet;
 pub use target::{Strictness, Targets, pattern_value, saved_parameters, target_layers};

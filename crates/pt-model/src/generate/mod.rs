@@ -225,11 +225,12 @@ pub fn generate(
                 active.iter().map(|&row| (rows[row].prompt.len() + rows[row].token_ids.len() - 1) as i64).collect();
             let slot = |(&row, &position): (&usize, &i64)| CacheSlot { row: rows[row].cache_row, position };
             let slots = active.iter().zip(&positions).map(slot).collect();
+            let prompt_of_token: Vec<usize> = active.iter().map(|&row| row / config.num_samples).collect();
             let attend = Rc::new(cache::Decode::new(cache.clone(), slots));
             let device = model.device();
             let (ids, positions) =
                 (Tensor::from_slice(&ids).to_device(device), Tensor::from_slice(&positions).to_device(device));
-            let logits = model.step(&ids, &positions, attend, None, sites)?;
+            let logits = model.step(&ids, &positions, attend, None, &prompt_of_token, sites)?;
             choose(&mut rows, &active, &logits, config, stops.as_ref(), &mut on_token)?;
         }
         rows.into_iter().map(|row| row.finished(config, tokenizer)).collect()
@@ -269,6 +270,8 @@ fn prefill(
 ) -> Result<Tensor> {
     let ids: Vec<i64> = prompts.iter().flatten().copied().collect();
     let positions: Vec<i64> = prompts.iter().flat_map(|prompt| 0..prompt.len() as i64).collect();
+    let prompt_of_token: Vec<usize> =
+        prompts.iter().enumerate().flat_map(|(p, prompt)| std::iter::repeat_n(p, prompt.len())).collect();
     let mut ends = Vec::new();
     let mut total = 0;
     for prompt in prompts {
@@ -279,7 +282,7 @@ fn prefill(
     let tensor = |values: &[i64]| Tensor::from_slice(values).to_device(device);
     let lengths = prompts.iter().map(|prompt| prompt.len() as i64).collect();
     let attend = Rc::new(cache::Prefill::new(cache.clone(), lengths, num_samples as i64));
-    model.step(&tensor(&ids), &tensor(&positions), attend, Some(&tensor(&ends)), sites)
+    model.step(&tensor(&ids), &tensor(&positions), attend, Some(&tensor(&ends)), &prompt_of_token, sites)
 }
 
 /// Chooses the next token of each active row from `logits: [active, vocab]` and ends rows that are done.

@@ -136,48 +136,6 @@ fn lora_keeps_the_laws_on_the_output_layer_tied_or_not() {
 }
 
 #[test]
-fn active_adapters_add_up_and_a_disabled_set_is_the_bare_model() {
-    let model = tiny("llama");
-    let make = |seed, targets: &[&str]| {
-        let config = LoraConfig { target_modules: names(targets), ..rank4() };
-        let adapter = Rc::new(LoraAdapter::new(config, &model, seed).unwrap());
-        disturb(adapter.as_ref(), 0.05);
-        adapter
-    };
-    let mut set = AdapterSet::new();
-    let last = "layers.1.mlp.down_proj";
-    let first = make(1, &[last]);
-    set.insert("first", first.clone()).unwrap();
-    set.insert("second", make(2, &[last])).unwrap();
-    assert_eq!(set.active(), ["first"]);
-    let set = Rc::new(set);
-    let sites: Rc<dyn Sites> = set.clone();
-    let run = || logits(&model, &sites, &two_sequences()).unwrap();
-    let alone: Rc<dyn Sites> = first;
-    assert!(run().equal(&logits(&model, &alone, &two_sequences()).unwrap()));
-    set.set_active(&["first", "second"]).unwrap();
-    let both = run();
-    set.set_active(&["second", "first"]).unwrap();
-    assert!((both - run()).abs().max().double_value(&[]) < 1e-5);
-    set.set_enabled(false);
-    let bare: Rc<dyn Sites> = Rc::new(Bare);
-    assert!(run().equal(&logits(&model, &bare, &two_sequences()).unwrap()));
-    let error = set.set_active(&["third"]).unwrap_err();
-    assert_eq!(error.to_string(), "no adapter is called `third`; there are `first`, `second`");
-}
-
-#[test]
-fn two_adapters_cannot_both_replace_a_parameter() {
-    let model = tiny("llama_untied");
-    let config = LoraConfig { modules_to_save: vec!["lm_head".into()], ..rank4() };
-    let mut set = AdapterSet::new();
-    for name in ["a", "b"] {
-        set.insert(name, Rc::new(LoraAdapter::new(config.clone(), &model, 1).unwrap())).unwrap();
-    }
-    assert!(matches!(set.set_active(&["a", "b"]), Err(PeftError::State(_))));
-}
-
-#[test]
 fn the_number_of_trained_values_is_rank_times_both_widths() {
     let model = tiny("llama");
     let adapter = LoraAdapter::new(rank4(), &model, 1).unwrap();
@@ -245,7 +203,7 @@ fn log_probs_with_an_update_on_the_output_layer_are_those_of_its_logits() {
         let model = tiny(name);
         let adapter = on_output(&model, 0.0);
         disturb(adapter.as_ref(), 0.1);
-        let mut set = AdapterSet::new();
+        let set = AdapterSet::new();
         set.insert("one", adapter.clone()).unwrap();
         let ids = vec![1, 2, 3, 4, 5];
         let group = pt_model::PromptGroup::single(vec![], pt_model::Completion::new(ids.clone()));
@@ -328,23 +286,6 @@ fn adapters_come_out_in_reverse_order_only() {
             assert!(values(&model).iter().zip(&bare).all(|(a, b)| a.equal(b)));
         }
     }
-}
-
-#[test]
-fn exchanging_an_active_adapter_is_checked_as_activating_it_is() {
-    let model = tiny("llama_untied");
-    let make = |modules_to_save: &[&str]| {
-        let modules_to_save = modules_to_save.iter().map(ToString::to_string).collect();
-        Rc::new(LoraAdapter::new(LoraConfig { modules_to_save, ..rank4() }, &model, 1).unwrap())
-    };
-    let mut set = AdapterSet::new();
-    set.insert("a", make(&["lm_head"])).unwrap();
-    set.insert("b", make(&[])).unwrap();
-    set.set_active(&["a", "b"]).unwrap();
-    assert!(matches!(set.insert("b", make(&["lm_head"])), Err(PeftError::State(_))));
-    assert!(set.get("b").unwrap().replaced_parameters().is_empty(), "the old one stays");
-    set.insert("a", make(&[])).unwrap();
-    set.insert("b", make(&["lm_head"])).unwrap();
 }
 
 #[test]

@@ -7,6 +7,7 @@ mod files;
 mod golden;
 mod golden_methods;
 mod laws;
+mod set;
 
 use pt_model::{CausalLm, LinearFormat, Pretrained};
 use pt_tensor::{Device, Kind, Nf4Arithmetic, Nf4Options};

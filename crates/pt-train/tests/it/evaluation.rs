@@ -24,7 +24,7 @@ fn the_held_out_loss_is_taken_without_dropout() {
             let _ = no_grad(|| value.shallow_clone().fill_(0.1));
         }
         adapter.set_training(true);
-        let mut set = AdapterSet::new();
+        let set = AdapterSet::new();
         let adapter = Rc::new(adapter);
         set.insert("one", adapter.clone()).unwrap();
         let sites: Rc<dyn Sites> = if is_in_set { Rc::new(set) } else { adapter };
