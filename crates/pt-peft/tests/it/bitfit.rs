@@ -8,13 +8,15 @@ use pt_peft::{Adapter, BitfitAdapter, BitfitConfig, PeftError};
 use std::rc::Rc;
 
 #[test]
-fn a_new_adapter_is_the_base_bit_for_bit() {
+fn a_new_adapter_is_the_base() {
     let bare: Rc<dyn Sites> = Rc::new(Bare);
     for name in ["llama", "llama_untied", "qwen2", "gpt2"] {
         let model = tiny(name);
         let sites: Rc<dyn Sites> = Rc::new(BitfitAdapter::new(BitfitConfig::default(), &model).unwrap());
         let [with, without] = [&sites, &bare].map(|sites| logits(&model, sites, &two_sequences()).unwrap());
-        assert!(with.equal(&without), "{name}");
+        // A product that starts from a bias of zero may add up in another order than one without.
+        let off = (with - without).abs().max().double_value(&[]);
+        assert!(off < 1e-6, "{name}: off by {off:e}");
     }
 }
 

@@ -1,7 +1,7 @@
 //! The laws of adapters, and several of them over one model.
 
 use crate::{bf16, nf4, tiny};
-use pt_model::{Bare, Linear, Sites};
+use pt_model::{Linear, Sites};
 use pt_peft::testing::{Subject, adapter_laws, disturb, logits, trains_over};
 use pt_peft::{
     Adapter, AdapterSet, BitfitAdapter, BitfitConfig, BottleneckAdapter, BottleneckConfig, Ia3Adapter, Ia3Config,
