@@ -11,7 +11,7 @@ use core::ops::Range;
 use crate::element::ElementKind;
 use crate::error::check_len;
 use crate::exec::Columns;
-use crate::simd::dense::{self, DotsFn, Kernels, Panel};
+use crate::simd::dense::{self, DotsFn, FewFn, Kernels, Panel};
 use crate::{Element, Exec, QuantError};
 
 /// Rows of the weight that are worked on at once: a multiple of every kernel's rows, so few that their outputs stay in the L2 cache.
@@ -19,6 +19,9 @@ pub(crate) const BLOCK_ROWS: usize = 48;
 
 /// Depth of a panel: what a kernel reads again and again stays in the L1 cache.
 pub(crate) const BLOCK_DEPTH: usize = 256;
+
+/// Up to how many rows a product reads each weight once or twice, where there is a kernel for it.
+const FEW_ROWS: usize = 16;
 
 /// Weights in the smallest block of a product of few rows: below it, handing out a block costs more than the block.
 const MIN_DOTS_WORK: usize = 32 * 1024;
@@ -49,6 +52,8 @@ pub enum Output {
 pub struct Workspace {
     pub(crate) tiles_f32: Vec<f32>,
     pub(crate) tiles_bf16: Vec<u32>,
+    lines_f32: Vec<f32>,
+    lines_bf16: Vec<u16>,
     pub(crate) slots: Vec<Slot>,
     pub(crate) product: crate::product::Scratch,
 }
@@ -84,6 +89,14 @@ pub(crate) fn grown<T: Copy + Default>(buffer: &mut Vec<T>, len: usize) -> &mut 
         buffer.resize(len, T::default());
     }
     &mut buffer[..len]
+}
+
+/// As [`grown`], at the start of a cache line: a vector that lies across two costs twice.
+pub(crate) fn grown_aligned<T: Copy + Default>(buffer: &mut Vec<T>, len: usize) -> &mut [T] {
+    const LINE: usize = 64;
+    grown(buffer, len + LINE);
+    let skipped = buffer.as_ptr().align_offset(LINE).min(LINE);
+    &mut buffer[skipped..][..len]
 }
 
 /// `y = x · wᵀ`: a linear layer without bias, `w` as a checkpoint stores it.
@@ -167,13 +180,21 @@ fn gemm<T: Element, O: Element>(
     }
     workspace.reserve_slots(exec);
     let kernels = dense::kernels(exec.isa());
-    let Workspace { tiles_f32, tiles_bf16, slots, .. } = workspace;
+    let Workspace { tiles_f32, tiles_bf16, lines_f32, lines_bf16, slots, .. } = workspace;
     let are_rows_few = (1..=dense::MAX_DOTS).contains(&shape.rows) && shape.depth > 0;
     if are_rows_few && matches!(layout, Layout::RowsAreColumns) {
         if let (Some(x), Some(w)) = (T::as_f32(x), T::as_f32(w)) {
             run_dots(kernels.dots_f32, x, w, (y, shape, output), slots, exec);
         } else if let (Some(x), Some(w)) = (T::as_bf16_bits(x), T::as_bf16_bits(w)) {
             run_dots(kernels.dots_bf16, x, w, (y, shape, output), slots, exec);
+        }
+    } else if let (Some((few_f32, few_bf16)), Layout::RowsAreColumns, 1..=FEW_ROWS, 1..) =
+        (kernels.few, layout, shape.rows, shape.depth)
+    {
+        if let (Some(x), Some(w)) = (T::as_f32(x), T::as_f32(w)) {
+            run_few(few_f32, x, w, (y, shape, output), lines_f32, slots, exec);
+        } else if let (Some(x), Some(w)) = (T::as_bf16_bits(x), T::as_bf16_bits(w)) {
+            run_few(few_bf16, x, w, (y, shape, output), lines_bf16, slots, exec);
         }
     } else if let Some(w) = T::as_f32(w) {
         let tiles = pack::tiles_f32(x, shape, kernels.lanes, tiles_f32, exec);
@@ -221,7 +242,35 @@ fn run_dots<T: Sync, O: Element>(
     exec.for_each_columns((y, columns), block_len, slots, |first, mut block, slot| {
         let sums = grown(&mut slot.yt, block.len() * rows);
         dots(x, &w[first * depth..][..block.len() * depth], depth, sums);
-        store(sums, rows, &mut block, output);
+        store(sums, (0, rows, rows), &mut block, output);
+    });
+}
+
+/// The product of some more rows, in blocks between which the weights stay in the L2 cache.
+fn run_few<T: Copy + Default + Sync, O: Element>(
+    few: FewFn<T>,
+    x: &[T],
+    w: &[T],
+    (y, shape, output): (&mut [O], GemmShape, Output),
+    lines: &mut Vec<T>,
+    slots: &mut [Slot],
+    exec: &Exec<'_>,
+) {
+    let GemmShape { rows, columns, depth } = shape;
+    // Blocks of rows, as many as need be, of about the same size.
+    let block_rows = rows.div_ceil(rows.div_ceil(dense::MAX_FEW));
+    let lines = &*pack::lines(x, depth, block_rows, lines);
+    let padded = lines.len() / rows;
+    let block_len = (MIN_DOTS_WORK / depth).min(columns.div_ceil(exec.num_threads())).max(1);
+    let block_len = block_len.next_multiple_of(dense::FEW_BLOCK);
+    exec.for_each_columns((y, columns), block_len, slots, |first, mut block, slot| {
+        let w = &w[first * depth..][..block.len() * depth];
+        for start in (0..rows).step_by(block_rows) {
+            let taken = block_rows.min(rows - start);
+            let sums = grown(&mut slot.yt, block.len() * taken);
+            few(&lines[start * padded..][..taken * padded], taken, w, depth, sums);
+            store(sums, (start, taken, taken), &mut block, output);
+        }
     });
 }
 
@@ -248,15 +297,20 @@ pub(crate) fn run_blocks<O: Element>(
             start = depths.end;
             add_panel(rows.clone(), depths, yt, panel_f32, panel_bf16);
         }
-        store(yt, padded_rows, &mut block, output);
+        store(yt, (0, shape.rows, padded_rows), &mut block, output);
     });
 }
 
-/// Writes the transpose of `yt` to a block of columns.
-fn store<O: Element>(yt: &[f32], padded_rows: usize, block: &mut Columns<'_, O>, output: Output) {
-    for row in 0..block.num_rows() {
-        let sums = yt[row..].iter().step_by(padded_rows);
-        let y = block.row(row).iter_mut().zip(sums);
+/// Writes the transpose of `yt`, `[columns, stride]`, to `rows` rows of a block of columns, from row `first` on.
+fn store<O: Element>(
+    yt: &[f32],
+    (first, rows, stride): (usize, usize, usize),
+    block: &mut Columns<'_, O>,
+    output: Output,
+) {
+    for row in 0..rows {
+        let sums = yt[row..].iter().step_by(stride);
+        let y = block.row(first + row).iter_mut().zip(sums);
         match output {
             Output::Replace => y.for_each(|(y, sum)| *y = O::from_f32(*sum)),
             Output::Add => y.for_each(|(y, sum)| *y = O::from_f32(y.to_f32() + sum)),

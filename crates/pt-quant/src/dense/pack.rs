@@ -3,7 +3,7 @@
 use alloc::vec::Vec;
 use core::ops::Range;
 
-use super::{GemmShape, grown};
+use super::{GemmShape, grown, grown_aligned};
 use crate::simd::dense::{Panel, Tiles};
 use crate::{Bf16, Element, Exec};
 
@@ -32,6 +32,28 @@ pub(crate) fn tiles_bf16<'a, T: Element>(
         let row = &x[row * depth..][..depth];
         pair(row[2 * d], row.get(2 * d + 1).copied())
     })
+}
+
+/// X in blocks of up to `block_rows` rows, each `[depth in pieces of a cache line, rows of the block, a line's numbers]`, zero beyond the depth.
+pub(crate) fn lines<'a, T: Copy + Default>(
+    x: &[T],
+    depth: usize,
+    block_rows: usize,
+    buffer: &'a mut Vec<T>,
+) -> &'a mut [T] {
+    let (line, rows) = (64 / size_of::<T>(), x.len().checked_div(depth).unwrap_or(0));
+    let padded = depth.next_multiple_of(line);
+    let packed = grown_aligned(buffer, rows * padded);
+    for (x, packed) in x.chunks(block_rows * depth).zip(packed.chunks_mut(block_rows * padded)) {
+        let rows = x.len() / depth;
+        for (m, x) in x.chunks_exact(depth).enumerate() {
+            for (x, packed) in x.chunks(line).zip(packed.chunks_exact_mut(line).skip(m).step_by(rows)) {
+                packed[..x.len()].copy_from_slice(x);
+                packed[x.len()..].fill(T::default());
+            }
+        }
+    }
+    packed
 }
 
 fn tiles<'a, T: Copy + Default + Send>(

@@ -64,8 +64,8 @@ impl Activations<'_> {
 
 /// Writes sums to outputs: adds the bias, rounds to the output's format.
 pub(super) struct Store<'a> {
-    bias: Option<&'a [f32]>,
-    output: Output,
+    pub(super) bias: Option<&'a [f32]>,
+    pub(super) output: Output,
 }
 
 impl Store<'_> {

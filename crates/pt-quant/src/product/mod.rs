@@ -12,7 +12,7 @@ use alloc::vec::Vec;
 pub use forward::{Arithmetic, ProductOptions};
 pub use matrix::{Block4Matrix, ScaleFormat};
 
-use crate::dense::grown;
+use crate::dense::{grown, grown_aligned};
 use crate::simd::product::{Int8Group, TILE_ROWS};
 use crate::{Bf16, Element, Exec, Inline};
 
@@ -25,6 +25,9 @@ pub(crate) struct Scratch {
     x_bf16_ordered: Vec<u16>,
     x_int8: Vec<Int8Group>,
     x_scales: Vec<f32>,
+    /// A gradient of few rows, as its kernels want it.
+    few_f32: Vec<f32>,
+    few_bf16: Vec<u32>,
 }
 
 /// What one thread needs.
@@ -44,6 +47,8 @@ pub(crate) struct SlotScratch {
     /// Weights of a matrix that is not in tiles.
     decoded_bf16: Vec<Bf16>,
     panel_pairs: Vec<u32>,
+    /// Tables of a gradient of few rows.
+    tables: Vec<u32>,
 }
 
 /// Multiplications under which a product stays on the calling thread: waking another one takes as long as half of it (5 to 10 µs).
@@ -84,12 +89,4 @@ fn grown_with<T: Copy>(buffer: &mut Vec<T>, len: usize, filler: T) -> &mut [T] {
         buffer.resize(len, filler);
     }
     &mut buffer[..len]
-}
-
-/// As [`grown`], at the start of a cache line: a vector that lies across two costs twice.
-fn grown_aligned<T: Copy + Default>(buffer: &mut Vec<T>, len: usize) -> &mut [T] {
-    const LINE: usize = 64;
-    grown(buffer, len + LINE);
-    let skipped = buffer.as_ptr().align_offset(LINE).min(LINE);
-    &mut buffer[skipped..][..len]
 }

@@ -4,6 +4,8 @@ pub(crate) mod block4;
 pub(crate) mod delta;
 pub(crate) mod dense;
 pub(crate) mod dynamic8;
+#[cfg(target_arch = "x86_64")]
+mod lanes;
 pub(crate) mod product;
 pub(crate) mod roof;
 pub(crate) mod view;

@@ -11,17 +11,22 @@ use core::arch::x86_64::*;
 use super::{Bits, GROUP, Kernels, check_merge, check_pack};
 use crate::{Bf16, F16};
 
+mod bf16;
+
 pub(super) static KERNELS: Kernels = Kernels {
     pack_f32: pack,
     pack_bf16: pack,
     pack_f16: pack,
     merge_f32: merge,
-    merge_bf16: merge,
+    merge_bf16: bf16::merge::<false>,
     merge_f16: merge,
     merge_in_place_f32: merge_in_place,
-    merge_in_place_bf16: merge_in_place,
+    merge_in_place_bf16: bf16::merge_in_place::<false>,
     merge_in_place_f16: merge_in_place,
 };
+
+pub(super) static KERNELS_BF16: Kernels =
+    Kernels { merge_bf16: bf16::merge::<true>, merge_in_place_bf16: bf16::merge_in_place::<true>, ..KERNELS };
 
 /// Formats of which 16 numbers are loaded and stored.
 trait Vector: Bits {

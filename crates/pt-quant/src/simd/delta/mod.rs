@@ -45,7 +45,9 @@ pub(crate) fn kernels(isa: Isa) -> &'static Kernels {
         #[cfg(target_arch = "x86_64")]
         Isa::Avx2 => &avx2::KERNELS,
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx512 | Isa::Avx512Bf16 => &avx512::KERNELS,
+        Isa::Avx512 => &avx512::KERNELS,
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx512Bf16 => &avx512::KERNELS_BF16,
         #[cfg(target_arch = "aarch64")]
         Isa::Neon | Isa::NeonDot => &neon::KERNELS,
         _ => &scalar::KERNELS,

@@ -9,7 +9,7 @@ use core::arch::x86_64::{
 
 use super::{Kernels, Panel, Tiles, block_function, check_block, check_dots, dots_function, widen};
 
-pub(super) static KERNELS: Kernels = Kernels { dots_f32, dots_bf16, lanes: 8, block_f32, block_bf16 };
+pub(super) static KERNELS: Kernels = Kernels { dots_f32, dots_bf16, few: None, lanes: 8, block_f32, block_bf16 };
 
 block_function!(block_f32, inner_f32, "avx2,fma", f32, 8, 6, tile_f32, [1, 2, 3, 4, 5]);
 block_function!(block_bf16, inner_bf16, "avx2,fma", u32, 8, 4, tile_bf16, [1, 2, 3]);

@@ -14,9 +14,18 @@ use core::arch::x86_64::{
 
 use super::{Kernels, Panel, Tiles, block_function, check_block, check_dots, dots_function};
 
-pub(super) static KERNELS: Kernels =
-    Kernels { dots_f32, dots_bf16: dots_widened, lanes: 16, block_f32, block_bf16: block_widened };
-pub(super) static KERNELS_BF16: Kernels = Kernels { dots_f32, dots_bf16, lanes: 16, block_f32, block_bf16 };
+mod few;
+
+pub(super) static KERNELS: Kernels = Kernels {
+    dots_f32,
+    dots_bf16: dots_widened,
+    few: Some((few::few_f32, few::few_widened)),
+    lanes: 16,
+    block_f32,
+    block_bf16: block_widened,
+};
+pub(super) static KERNELS_BF16: Kernels =
+    Kernels { dots_bf16, few: Some((few::few_f32, few::few_bf16)), block_bf16, ..KERNELS };
 
 block_function!(block_f32, inner_f32, "avx512f", f32, 16, 12, tile_f32, [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11]);
 block_function!(

@@ -44,10 +44,22 @@ pub(crate) type DotsFn<T> = fn(x: &[T], w: &[T], depth: usize, out: &mut [f32]);
 /// Rows of X that [`DotsFn`] takes: as many as have accumulators for one pass over a weight row.
 pub(crate) const MAX_DOTS: usize = 4;
 
+/// As [`DotsFn`] of more rows of X, up to [`MAX_FEW`], packed for it: `[depth in pieces of a cache line, rows, a line's numbers]`, zero beyond the depth.
+/// The arguments are those rows, their number, `w`, `depth` and `out: [n, rows]`.
+pub(crate) type FewFn<T> = fn(x: &[T], rows: usize, w: &[T], depth: usize, out: &mut [f32]);
+
+/// Rows of X that [`FewFn`] takes.
+pub(crate) const MAX_FEW: usize = 8;
+
+/// Rows of W for which [`FewFn`] reads X once.
+pub(crate) const FEW_BLOCK: usize = 24;
+
 pub(crate) struct Kernels {
     pub(crate) dots_f32: DotsFn<f32>,
     /// Elements are the bits of bf16 numbers.
     pub(crate) dots_bf16: DotsFn<u16>,
+    /// Where it is faster than tiles, in f32 and bf16.
+    pub(crate) few: Option<(FewFn<f32>, FewFn<u16>)>,
     /// Rows of X in a tile.
     pub(crate) lanes: usize,
     pub(crate) block_f32: BlockFn<f32>,
@@ -87,6 +99,14 @@ fn check_dots<T>(x: &[T], w: &[T], depth: usize, out: &[f32]) -> usize {
     assert_eq!(out.len() % num_x, 0, "one output for each pair of rows");
     assert_eq!(w.len(), out.len() / num_x * depth, "w has a row for each row of outputs");
     num_x
+}
+
+/// Panics unless every element that [`FewFn`] reads or writes is there.
+fn check_few<T>(x: &[T], rows: usize, w: &[T], depth: usize, out: &[f32]) {
+    assert!((1..=MAX_FEW).contains(&rows), "x has between 1 and {MAX_FEW} rows");
+    assert_eq!(x.len(), depth.div_ceil(64 / size_of::<T>()) * rows * (64 / size_of::<T>()), "x is packed");
+    assert_eq!(out.len() % rows, 0, "one output for each pair of rows");
+    assert_eq!(w.len(), out.len() / rows * depth, "w has a row for each row of outputs");
 }
 
 /// Makes a [`DotsFn`] from `$row::<M>(x, w, depth) -> [f32; M]`, the dot products of one weight row.
@@ -236,6 +256,42 @@ mod tests {
                             let exact = sum(&|d| (widen(xh[m * depth + d]), widen(wh[row * depth + d])));
                             let got = f64::from(yh[row * num_x + m]);
                             assert!((got - exact).abs() < 3e-5, "{isa} bf16 depth {depth}: {got} is not {exact}");
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn every_product_of_few_rows_agrees_with_f64() {
+        for isa in Isa::available() {
+            let Some((few_f32, few_bf16)) = kernels(isa).few else { continue };
+            let pack = |x: &[f32], rows: usize, depth: usize, line: usize| {
+                let mut packed = vec![0.0; depth.div_ceil(line) * rows * line];
+                for (index, number) in x.iter().enumerate() {
+                    let (m, d) = (index / depth, index % depth);
+                    packed[(d / line * rows + m) * line + d % line] = *number;
+                }
+                packed
+            };
+            for rows in 1..=MAX_FEW {
+                for depth in (1..70).chain([127, 576, 1023, 2100]) {
+                    for columns in [1, 2, 3, 5, FEW_BLOCK + 1] {
+                        let (x, w) = (numbers(rows * depth, 1), numbers(columns * depth, 2));
+                        let half = |values: &[f32]| values.iter().map(|v| Bf16::from_f32(*v).0).collect::<Vec<u16>>();
+                        let (mut y, mut yh) = (vec![f32::NAN; columns * rows], vec![f32::NAN; columns * rows]);
+                        few_f32(&pack(&x, rows, depth, 16), rows, &w, depth, &mut y);
+                        few_bf16(&half(&pack(&x, rows, depth, 32)), rows, &half(&w), depth, &mut yh);
+                        let (xh, wh) = (half(&x), half(&w));
+                        for (index, (got, got_half)) in y.iter().zip(&yh).enumerate() {
+                            let at = |d: usize| (index % rows * depth + d, index / rows * depth + d);
+                            let sum = |of: &dyn Fn((usize, usize)) -> f64| (0..depth).map(at).map(of).sum::<f64>();
+                            let exact = sum(&|(a, b)| f64::from(x[a]) * f64::from(w[b]));
+                            assert!((f64::from(*got) - exact).abs() < 5e-5, "{isa} depth {depth}: {got} is not {exact}");
+                            let exact = sum(&|(a, b)| f64::from(widen(xh[a])) * f64::from(widen(wh[b])));
+                            let error = (f64::from(*got_half) - exact).abs();
+                            assert!(error < 5e-5, "{isa} bf16 depth {depth}: {got_half} is not {exact}");
                         }
                     }
                 }

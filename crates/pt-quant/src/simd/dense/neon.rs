@@ -7,7 +7,7 @@ use core::arch::aarch64::{
 
 use super::{Kernels, Panel, Tiles, block_function, check_block, check_dots, dots_function, widen};
 
-pub(super) static KERNELS: Kernels = Kernels { dots_f32, dots_bf16, lanes: 4, block_f32, block_bf16 };
+pub(super) static KERNELS: Kernels = Kernels { dots_f32, dots_bf16, few: None, lanes: 4, block_f32, block_bf16 };
 
 block_function!(block_f32, inner_f32, "neon", f32, 4, 8, tile_f32, [1, 2, 3, 4, 5, 6, 7]);
 block_function!(block_bf16, inner_bf16, "neon", u32, 4, 8, tile_bf16, [1, 2, 3, 4, 5, 6, 7]);

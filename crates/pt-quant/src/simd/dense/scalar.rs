@@ -4,7 +4,7 @@ use super::{Kernels, Panel, Tiles, check_block, check_dots, pair, widen};
 
 const LANES: usize = 8;
 
-pub(super) static KERNELS: Kernels = Kernels { dots_f32, dots_bf16, lanes: LANES, block_f32, block_bf16 };
+pub(super) static KERNELS: Kernels = Kernels { dots_f32, dots_bf16, few: None, lanes: LANES, block_f32, block_bf16 };
 
 fn block_f32(tiles: &Tiles<'_, f32>, panel: &Panel<'_, f32>, yt: &mut [f32]) {
     block(tiles, panel, yt, |y, x, w| y + x * w);

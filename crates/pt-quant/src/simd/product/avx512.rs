@@ -18,12 +18,15 @@
 // Arrays of registers are read best by index, several at once.
 #![allow(clippy::needless_range_loop)]
 
+mod backward;
+
 use core::arch::x86_64::*;
 
 use super::{
-    GROUP, Group, Int8Group, Int8Rows, Int8Table, Kernels, Rows, Sums, TILE_ROWS, Table, Tiles, check_backward,
-    check_forward, check_int8, check_panel, scalar,
+    GROUP, Group, Int8Group, Int8Rows, Int8Table, Kernels, Rows, Sums, TILE_ROWS, Table, Tiles, check_forward, check_int8,
+    check_panel, scalar,
 };
+use crate::simd::lanes::reduce_four;
 
 const MAX_ROWS: usize = 5;
 
@@ -41,14 +44,19 @@ pub(super) static KERNELS: Kernels = Kernels {
     panel_f32,
     panel_bf16,
     panel_row_pairs,
-    backward_f32,
+    backward_f32: backward::by_panels_f32,
     backward_bf16: None,
+    backward_few: Some(&backward::FEW),
     tile_rows,
     untile_rows,
 };
 
-pub(super) static KERNELS_BF16: Kernels =
-    Kernels { forward_bf16: Some(forward_bf16), backward_bf16: Some(backward_bf16), ..KERNELS };
+pub(super) static KERNELS_BF16: Kernels = Kernels {
+    forward_bf16: Some(forward_bf16),
+    backward_bf16: Some(backward::by_panels_bf16),
+    backward_few: Some(&backward::FEW_BF16),
+    ..KERNELS
+};
 
 /// Calls `$function::<M, PAIRS, ..>` for the number of rows, which is 1 to 5.
 macro_rules! by_rows {
@@ -136,19 +144,6 @@ fn reduce(acc: &[f32], sums: &mut Sums) {
     assert_eq!(acc.len(), sums.len() * TILE_ROWS * 16, "16 lanes for each sum");
     // SAFETY: as in `forward_f32`.
     unsafe { inner(acc, sums) }
-}
-
-/// The sums over the lanes of 4 vectors.
-#[inline]
-#[target_feature(enable = "avx512f,avx512dq")]
-fn reduce_four(a: __m512, b: __m512, c: __m512, d: __m512) -> __m128 {
-    let ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
-    let cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
-    let (ab, cd) = (_mm512_castps_pd(ab), _mm512_castps_pd(cd));
-    let abcd =
-        _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(ab, cd)), _mm512_castpd_ps(_mm512_unpackhi_pd(ab, cd)));
-    let half = _mm256_add_ps(_mm512_castps512_ps256(abcd), _mm512_extractf32x8_ps::<1>(abcd));
-    _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps::<1>(half))
 }
 
 /// The accumulators of `PAIRS` pairs of rows of a tile: those at `out`, or zero when the groups begin with the first.
@@ -651,108 +646,6 @@ unsafe fn panel_row_pairs_of(tiles: &Tiles<'_>, table: &Table, out: &mut [[u32; 
                     let index = _mm512_or_si512(_mm512_or_si512(low, high), second_row);
                     _mm512_storeu_si512(out.add(16 * vector).cast(), _mm512_permutexvar_epi16(index, table));
                 }
-            }
-        }
-    }
-}
-
-/// Rows of the gradient that are worked on at once: 6 rows of 4 accumulators, 4 vectors of weights.
-const BACKWARD_ROWS: usize = 6;
-
-/// Calls `$function::<M>` for blocks of up to 6 rows of the sums.
-macro_rules! by_blocks {
-    ($sums:expr, $function:ident, $panel:expr, $dy:expr) => {
-        for (block, sums) in $sums.chunks_mut(BACKWARD_ROWS).enumerate() {
-            let dy = $dy.data.as_ptr().wrapping_add(block * BACKWARD_ROWS * $dy.stride);
-            match sums.len() {
-                1 => $function::<1>($panel, dy, $dy.stride, sums),
-                2 => $function::<2>($panel, dy, $dy.stride, sums),
-                3 => $function::<3>($panel, dy, $dy.stride, sums),
-                4 => $function::<4>($panel, dy, $dy.stride, sums),
-                5 => $function::<5>($panel, dy, $dy.stride, sums),
-                _ => $function::<6>($panel, dy, $dy.stride, sums),
-            }
-        }
-    };
-}
-
-fn backward_f32(panel: &[[f32; GROUP]], dy: &Rows<'_, f32>, sums: &mut [[f32; GROUP]]) {
-    check_backward(panel.len(), dy, sums.len());
-    // SAFETY: as in `forward_f32`, with `check_backward`; each block has as many sums as rows.
-    unsafe { by_blocks!(sums, backward_f32_of, panel, dy) }
-}
-
-/// # Safety
-/// `M` rows of `panel.len()` numbers at `dy`, `stride` apart; `M` sums.
-#[target_feature(enable = "avx512f")]
-unsafe fn backward_f32_of<const M: usize>(
-    panel: &[[f32; GROUP]],
-    dy: *const f32,
-    stride: usize,
-    sums: &mut [[f32; GROUP]],
-) {
-    // SAFETY: the caller's promise.
-    unsafe {
-        let mut acc = [[_mm512_setzero_ps(); 4]; M];
-        for m in 0..M {
-            for v in 0..4 {
-                acc[m][v] = _mm512_loadu_ps(sums.as_ptr().add(m).cast::<f32>().add(16 * v));
-            }
-        }
-        for (n, weights) in panel.iter().enumerate() {
-            let weights = [0, 1, 2, 3].map(|v| _mm512_loadu_ps(weights.as_ptr().add(16 * v)));
-            for (m, acc) in acc.iter_mut().enumerate() {
-                let dy = _mm512_set1_ps(*dy.add(m * stride + n));
-                for v in 0..4 {
-                    acc[v] = _mm512_fmadd_ps(weights[v], dy, acc[v]);
-                }
-            }
-        }
-        for m in 0..M {
-            for v in 0..4 {
-                _mm512_storeu_ps(sums.as_mut_ptr().add(m).cast::<f32>().add(16 * v), acc[m][v]);
-            }
-        }
-    }
-}
-
-fn backward_bf16(panel: &[[u32; GROUP]], dy: &Rows<'_, u16>, sums: &mut [[f32; GROUP]]) {
-    check_backward(2 * panel.len(), dy, sums.len());
-    // SAFETY: as in `backward_f32`; a row of the panel takes two numbers of the gradient.
-    unsafe { by_blocks!(sums, backward_bf16_of, panel, dy) }
-}
-
-/// # Safety
-/// `M` rows of `2 · panel.len()` numbers at `dy`, `stride` apart; `M` sums.
-#[target_feature(enable = "avx512f,avx512bf16")]
-unsafe fn backward_bf16_of<const M: usize>(
-    panel: &[[u32; GROUP]],
-    dy: *const u16,
-    stride: usize,
-    sums: &mut [[f32; GROUP]],
-) {
-    // SAFETY: the caller's promise; the vector types that are transmuted have 64 bytes and no invalid values.
-    unsafe {
-        let bh = |vector: __m512i| core::mem::transmute::<__m512i, __m512bh>(vector);
-        let mut acc = [[_mm512_setzero_ps(); 4]; M];
-        for m in 0..M {
-            for v in 0..4 {
-                acc[m][v] = _mm512_loadu_ps(sums.as_ptr().add(m).cast::<f32>().add(16 * v));
-            }
-        }
-        for (pair, weights) in panel.iter().enumerate() {
-            let weights = [0, 1, 2, 3].map(|v| bh(_mm512_loadu_si512(weights.as_ptr().add(16 * v).cast())));
-            for (m, acc) in acc.iter_mut().enumerate() {
-                let dy = dy.add(m * stride + 2 * pair).cast::<i32>().read_unaligned();
-                let dy = bh(_mm512_set1_epi32(dy));
-                for v in 0..4 {
-                    acc[v] = _mm512_dpbf16_ps(acc[v], weights[v], dy);
-                }
-            }
-        }
-        for m in 0..M {
-            for v in 0..4 {
-                _mm512_storeu_ps(sums.as_mut_ptr().add(m).cast::<f32>().add(16 * v), acc[m][v]);
             }
         }
     }

@@ -144,6 +144,28 @@ pub(crate) type ForwardInt8 = fn(&Tiles<'_>, &Int8Table, &Int8Rows<'_>, acc: &mu
 /// `sums[m] += Σ_n dy[m, n] · panel[n]` for a panel of some rows and one group of the matrix.
 pub(crate) type Backward<W, T> = fn(panel: &[[W; GROUP]], dy: &Rows<'_, T>, sums: &mut [[f32; GROUP]]);
 
+/// What a gradient of few rows writes: one group of columns.
+pub(crate) struct FewRows<'a> {
+    /// `[rows, 64]` in an order of its own; added to.
+    pub(crate) sums: &'a mut [[f32; GROUP]],
+    /// Scratch: one for each row of W.
+    pub(crate) tables: &'a mut [[u32; 16]],
+}
+
+/// `sums[m] += Σ_n dy[m, n] · W[n, ..]` for the rows of some tiles and one group, with `dy: [n, rows]`; codes are looked up where they are multiplied.
+pub(crate) type BackwardFewFn<T> = fn(&Tiles<'_>, &Table, dy: &[T], FewRows<'_>);
+
+/// The gradient of few rows.
+pub(crate) struct BackwardFew {
+    /// Rows that one call takes at most.
+    pub(crate) max_rows: usize,
+    pub(crate) f32: BackwardFewFn<f32>,
+    /// `dy` holds the bf16 numbers of two neighbouring rows n in an element, the first in the low half. Without it, `f32` with `Table::round` does.
+    pub(crate) bf16: Option<BackwardFewFn<u32>>,
+    /// Puts sums that are complete in the order of the columns.
+    pub(crate) natural: fn(&mut [[f32; GROUP]]),
+}
+
 /// Puts activations in the order that a product wants, within each group.
 pub(crate) type Order<T> = fn(&[T], &mut [T]);
 
@@ -174,6 +196,8 @@ pub(crate) struct Kernels {
     pub(crate) backward_f32: Backward<f32, f32>,
     /// As `backward_f32`, with a panel of row pairs; without it, `backward_f32` does.
     pub(crate) backward_bf16: Option<Backward<u32, u16>>,
+    /// Where it is faster than a panel.
+    pub(crate) backward_few: Option<&'static BackwardFew>,
     /// Four rows of bitsandbytes' bytes to the groups of a tile.
     pub(crate) tile_rows: fn(&[&[u8]; TILE_ROWS], &mut [Group]),
     /// The inverse of `tile_rows`.
@@ -227,6 +251,15 @@ fn check_panel(tiles: &Tiles<'_>, elements: usize, len: usize) {
 fn check_backward<T>(num_rows: usize, dy: &Rows<'_, T>, sums: usize) {
     dy.check(num_rows);
     assert_eq!(dy.rows, sums, "sums for every row of the gradient");
+}
+
+/// Panics unless the operands of a gradient of few rows fit: `dy_rows` elements of each of its rows a tile.
+fn check_backward_few(tiles: &Tiles<'_>, dy: usize, dy_rows: usize, rows: &FewRows<'_>, max_rows: usize) {
+    tiles.check();
+    assert_eq!(tiles.groups.len, 1, "one group at a time");
+    assert!((1..=max_rows).contains(&rows.sums.len()), "between 1 and {max_rows} rows");
+    assert_eq!(dy, tiles.num_tiles() * dy_rows * rows.sums.len(), "the gradient has its numbers for every tile");
+    assert!(rows.tables.len() >= tiles.num_tiles() * TILE_ROWS, "a table for each row");
 }
 
 /// Panics unless each row has 32 bytes for each group.

@@ -36,6 +36,7 @@ pub(super) static KERNELS: Kernels = Kernels {
     panel_row_pairs: scalar::panel_row_pairs,
     backward_f32,
     backward_bf16: None,
+    backward_few: None,
     tile_rows: scalar::tile_rows,
     untile_rows: scalar::untile_rows,
 };

@@ -22,6 +22,7 @@ pub(super) static KERNELS: Kernels = Kernels {
     panel_row_pairs,
     backward_f32,
     backward_bf16: None,
+    backward_few: None,
     tile_rows,
     untile_rows,
 };
