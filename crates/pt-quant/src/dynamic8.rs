@@ -5,7 +5,7 @@
 //! <https://arxiv.org/abs/2110.02861>).
 
 use crate::error::check_len;
-use crate::simd::dynamic8::kernels;
+use crate::simd::dynamic8::{NOTHING_ADDED, NOTHING_OFF, kernels};
 use crate::simd::view::{View, ViewMut};
 use crate::{BlockSize, Element, Exec, QuantError};
 
@@ -128,7 +128,7 @@ impl DynamicMap {
         exec.for_each_chunk_pair((codes, piece), (absmax, piece / block_size), |index, codes, absmax| {
             let start = index * piece;
             match View::of(&input[start..start + codes.len()]) {
-                View::F32(input) => (kernels.quantize)(self, block_size, input, codes, absmax),
+                View::F32(input) => (kernels.quantize)(self, block_size, input, NOTHING_OFF, codes, absmax),
                 _ => {
                     // The narrow formats are widened a block at a time.
                     let mut wide = [0.0f32; 4096];
@@ -136,7 +136,8 @@ impl DynamicMap {
                         let from = &input[start + block * block_size..][..codes.len()];
                         let wide = &mut wide[..from.len()];
                         wide.iter_mut().zip(from).for_each(|(wide, value)| *wide = value.to_f32());
-                        (kernels.quantize)(self, block_size, wide, codes, core::slice::from_mut(absmax));
+                        let absmax = core::slice::from_mut(absmax);
+                        (kernels.quantize)(self, block_size, wide, NOTHING_OFF, codes, absmax);
                     }
                 }
             }
@@ -167,13 +168,13 @@ impl DynamicMap {
             let start = index * piece;
             let (codes, absmax) = (&codes[start..start + out.len()], &absmax[start / block_size..]);
             match ViewMut::of(out) {
-                ViewMut::F32(out) => (kernels.dequantize)(&self.values, codes, absmax, block_size, out),
+                ViewMut::F32(out) => (kernels.dequantize)(&self.values, codes, absmax, block_size, NOTHING_ADDED, out),
                 _ => {
                     let mut wide = [0.0f32; 4096];
                     for ((out, codes), &absmax) in out.chunks_mut(block_size).zip(codes.chunks(block_size)).zip(absmax)
                     {
                         let wide = &mut wide[..out.len()];
-                        (kernels.dequantize)(&self.values, codes, &[absmax], block_size, wide);
+                        (kernels.dequantize)(&self.values, codes, &[absmax], block_size, NOTHING_ADDED, wide);
                         out.iter_mut().zip(wide).for_each(|(out, wide)| *out = T::from_f32(*wide));
                     }
                 }

@@ -124,13 +124,13 @@ impl<'a> NestedAbsmax<'a> {
         let codes = &self.codes[start..start + out.len()];
         let head = (start.next_multiple_of(block_size) - start).min(out.len());
         if head > 0 {
-            kernel(self.map, &codes[..head], &self.absmax[start / block_size..], block_size, &mut out[..head]);
+            let absmax = &self.absmax[start / block_size..];
+            kernel(self.map, &codes[..head], absmax, block_size, self.offset, &mut out[..head]);
         }
         if head < out.len() {
             let absmax = &self.absmax[(start + head) / block_size..];
-            kernel(self.map, &codes[head..], absmax, block_size, &mut out[head..]);
+            kernel(self.map, &codes[head..], absmax, block_size, self.offset, &mut out[head..]);
         }
-        out.iter_mut().for_each(|scale| *scale += self.offset);
     }
 
     /// One code a scale.
@@ -231,9 +231,13 @@ impl NestedAbsmaxBuf {
     pub fn quantize(absmax: &[f32], exec: &Exec<'_>) -> Result<Self, QuantError> {
         // Eight sums side by side: an order of its own, the same everywhere.
         let mut sums = [0.0f64; 8];
-        for chunk in absmax.chunks(8) {
-            sums.iter_mut().zip(chunk).for_each(|(sum, &value)| *sum += f64::from(value));
+        let (eights, rest) = absmax.as_chunks::<8>();
+        for eight in eights {
+            for lane in 0..8 {
+                sums[lane] += f64::from(eight[lane]);
+            }
         }
+        sums.iter_mut().zip(rest).for_each(|(sum, &value)| *sum += f64::from(value));
         let mean = if absmax.is_empty() { 0.0 } else { sums.iter().sum::<f64>() / absmax.len() as f64 };
         Self::quantize_with_offset(absmax, mean as f32, exec)
     }
@@ -244,9 +248,12 @@ impl NestedAbsmaxBuf {
     /// None today. A `Result` so that limits can be added.
     pub fn quantize_with_offset(absmax: &[f32], offset: f32, exec: &Exec<'_>) -> Result<Self, QuantError> {
         let (map, block_size) = (DynamicMap::signed(), BlockSize::B256);
-        let centred: Vec<f32> = absmax.iter().map(|value| value - offset).collect();
         let (mut codes, mut nested) = (vec![0; absmax.len()], vec![0.0; block_size.num_blocks(absmax.len())]);
-        map.quantize_into(&centred, block_size, &mut codes, &mut nested, exec)?;
+        let (kernel, block_len) = (kernels(exec.isa()).quantize, block_size.get());
+        exec.for_each_chunk_pair((&mut codes, CHUNK), (&mut nested, CHUNK / block_len), |index, codes, nested| {
+            let absmax = &absmax[index * CHUNK..][..codes.len()];
+            kernel(map, block_len, absmax, offset, codes, nested);
+        });
         Ok(Self { codes, absmax: nested, map: Box::new(*map.values()), offset, block_size })
     }
 

@@ -288,7 +288,10 @@ mod tests {
                             let at = |d: usize| (index % rows * depth + d, index / rows * depth + d);
                             let sum = |of: &dyn Fn((usize, usize)) -> f64| (0..depth).map(at).map(of).sum::<f64>();
                             let exact = sum(&|(a, b)| f64::from(x[a]) * f64::from(w[b]));
-                            assert!((f64::from(*got) - exact).abs() < 5e-5, "{isa} depth {depth}: {got} is not {exact}");
+                            assert!(
+                                (f64::from(*got) - exact).abs() < 5e-5,
+                                "{isa} depth {depth}: {got} is not {exact}"
+                            );
                             let exact = sum(&|(a, b)| f64::from(widen(xh[a])) * f64::from(widen(wh[b])));
                             let error = (f64::from(*got_half) - exact).abs();
                             assert!(error < 5e-5, "{isa} bf16 depth {depth}: {got_half} is not {exact}");

@@ -6,12 +6,19 @@ use crate::DynamicMap;
 
 pub(super) static KERNELS: Kernels = Kernels { quantize, dequantize: scalar::dequantize };
 
-fn quantize(map: &DynamicMap, block_size: usize, input: &[f32], codes: &mut [u8], absmax: &mut [f32]) {
+fn quantize(map: &DynamicMap, block_size: usize, input: &[f32], offset: f32, codes: &mut [u8], absmax: &mut [f32]) {
     // SAFETY: handed out only by `kernels`, for an instruction set that `Exec` has checked.
-    unsafe { quantize_avx2(map, block_size, input, codes, absmax) }
+    unsafe { quantize_avx2(map, block_size, input, offset, codes, absmax) }
 }
 
 #[target_feature(enable = "avx2")]
-fn quantize_avx2(map: &DynamicMap, block_size: usize, input: &[f32], codes: &mut [u8], absmax: &mut [f32]) {
-    cells::quantize_inline(map, block_size, input, codes, absmax);
+fn quantize_avx2(
+    map: &DynamicMap,
+    block_size: usize,
+    input: &[f32],
+    offset: f32,
+    codes: &mut [u8],
+    absmax: &mut [f32],
+) {
+    cells::quantize_inline(map, block_size, input, offset, codes, absmax);
 }

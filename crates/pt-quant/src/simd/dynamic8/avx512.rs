@@ -13,20 +13,27 @@ use crate::DynamicMap;
 
 pub(super) static KERNELS: Kernels = Kernels { quantize, dequantize };
 
-fn quantize(map: &DynamicMap, block_size: usize, input: &[f32], codes: &mut [u8], absmax: &mut [f32]) {
+fn quantize(map: &DynamicMap, block_size: usize, input: &[f32], offset: f32, codes: &mut [u8], absmax: &mut [f32]) {
     // SAFETY: handed out only by `kernels`, for an instruction set that `Exec` has checked.
     unsafe {
         if map.is_signed() && block_size.is_multiple_of(64) {
-            quantize_signed(map, block_size, input, codes, absmax);
+            quantize_signed(map, block_size, input, offset, codes, absmax);
         } else {
-            quantize_by_cells(map, block_size, input, codes, absmax);
+            quantize_by_cells(map, block_size, input, offset, codes, absmax);
         }
     }
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
-fn quantize_by_cells(map: &DynamicMap, block_size: usize, input: &[f32], codes: &mut [u8], absmax: &mut [f32]) {
-    cells::quantize_inline(map, block_size, input, codes, absmax);
+fn quantize_by_cells(
+    map: &DynamicMap,
+    block_size: usize,
+    input: &[f32],
+    offset: f32,
+    codes: &mut [u8],
+    absmax: &mut [f32],
+) {
+    cells::quantize_inline(map, block_size, input, offset, codes, absmax);
 }
 
 /// Decades 0 to 6 end at these; decade d has 2^d values, evenly from a tenth of its end.
@@ -53,7 +60,14 @@ fn octaves() -> ([u32; 32], [f32; 32]) {
 /// # Safety
 /// AVX-512 F, BW, DQ, VL, VBMI.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi")]
-unsafe fn quantize_signed(map: &DynamicMap, block_size: usize, input: &[f32], codes: &mut [u8], absmax: &mut [f32]) {
+unsafe fn quantize_signed(
+    map: &DynamicMap,
+    block_size: usize,
+    input: &[f32],
+    offset: f32,
+    codes: &mut [u8],
+    absmax: &mut [f32],
+) {
     let (decades, ends) = octaves();
     let mut slopes = [0.0f32; 16];
     let mut offsets = [0.0f32; 16];
@@ -82,18 +96,18 @@ unsafe fn quantize_signed(map: &DynamicMap, block_size: usize, input: &[f32], co
     };
     let thresholds: &[f32; 128] = map.positive_thresholds();
     let [low, high] = [planes(&thresholds.as_chunks().0[0]), planes(&thresholds.as_chunks().0[1])];
-    let sign = _mm512_set1_epi32(i32::MAX);
+    let (sign, taken_off) = (_mm512_set1_epi32(i32::MAX), _mm512_set1_ps(offset));
     for ((block, codes), absmax) in input.chunks(block_size).zip(codes.chunks_mut(block_size)).zip(absmax) {
         let (groups, rest) = block.as_chunks::<64>();
         let mut largest = _mm512_setzero_si512();
         for sixteen in block.as_chunks::<16>().0 {
             // SAFETY: 16 numbers.
-            let bits = unsafe { _mm512_loadu_si512(sixteen.as_ptr().cast()) };
-            largest = _mm512_max_epu32(largest, _mm512_and_si512(bits, sign));
+            let values = unsafe { _mm512_sub_ps(_mm512_loadu_ps(sixteen.as_ptr()), taken_off) };
+            largest = _mm512_max_epu32(largest, _mm512_and_si512(_mm512_castps_si512(values), sign));
         }
         let bits = _mm512_reduce_max_epu32(largest);
         if block.len() < block_size || !rest.is_empty() || bits >= INFINITE {
-            *absmax = scalar::quantize_block(map, block_size, block, codes);
+            *absmax = scalar::quantize_block(map, block_size, block, offset, codes);
             continue;
         }
         *absmax = f32::from_bits(bits);
@@ -104,7 +118,8 @@ unsafe fn quantize_signed(map: &DynamicMap, block_size: usize, input: &[f32], co
             let mut ranks = [_mm512_setzero_si512(); 4];
             for (vector, (scaled, rank)) in scaled.iter_mut().zip(&mut ranks).enumerate() {
                 // SAFETY: 16 of 64 numbers.
-                *scaled = unsafe { _mm512_mul_ps(_mm512_loadu_ps(group.as_ptr().add(16 * vector)), reciprocal) };
+                let values = unsafe { _mm512_loadu_ps(group.as_ptr().add(16 * vector)) };
+                *scaled = _mm512_mul_ps(_mm512_sub_ps(values, taken_off), reciprocal);
                 let magnitude = _mm512_abs_ps(*scaled);
                 let octave = _mm512_castps_si512(_mm512_max_ps(magnitude, _mm512_set1_ps(f32::from_bits(103 << 23))));
                 // The permutes read the lowest 5 bits, and 4.
@@ -190,29 +205,36 @@ fn interleave(bytes: [__m512i; 4]) -> [__m512i; 4] {
     ]
 }
 
-fn dequantize(values: &[f32; 256], codes: &[u8], absmax: &[f32], block_size: usize, out: &mut [f32]) {
+fn dequantize(values: &[f32; 256], codes: &[u8], absmax: &[f32], block_size: usize, offset: f32, out: &mut [f32]) {
     assert!(codes.len() >= out.len() && absmax.len() >= out.len().div_ceil(block_size));
     if out.len() < 64 || !block_size.is_multiple_of(64) {
-        return scalar::dequantize(values, codes, absmax, block_size, out);
+        return scalar::dequantize(values, codes, absmax, block_size, offset, out);
     }
     let whole = out.len() - out.len() % 64;
     // SAFETY: handed out only by `kernels`, for an instruction set that `Exec` has checked; lengths are checked above.
-    unsafe { dequantize_blocks(values, &codes[..whole], absmax, block_size, &mut out[..whole]) };
+    unsafe { dequantize_blocks(values, &codes[..whole], absmax, block_size, offset, &mut out[..whole]) };
     // The block that the rest belongs to may have begun before it.
-    scalar::dequantize(values, &codes[whole..], &absmax[whole / block_size..], 64, &mut out[whole..]);
+    scalar::dequantize(values, &codes[whole..], &absmax[whole / block_size..], 64, offset, &mut out[whole..]);
 }
 
 /// # Safety
 /// AVX-512 F, BW, VBMI. As many codes as outputs, a number of 64, in blocks of a multiple of 64 with a scale each.
 #[target_feature(enable = "avx512f,avx512bw,avx512vbmi")]
-unsafe fn dequantize_blocks(values: &[f32; 256], codes: &[u8], absmax: &[f32], block_size: usize, out: &mut [f32]) {
+unsafe fn dequantize_blocks(
+    values: &[f32; 256],
+    codes: &[u8],
+    absmax: &[f32],
+    block_size: usize,
+    offset: f32,
+    out: &mut [f32],
+) {
     // quarters[q][b] is byte b of values 64q .. 64q + 64.
     let quarters = values.as_chunks::<64>().0;
     let quarters = [planes(&quarters[0]), planes(&quarters[1]), planes(&quarters[2]), planes(&quarters[3])];
     // Interleaving works within quarters of vectors; this makes it come out in order: group j of quarter L is codes 16j + 4L ..
     let spread = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
     for (block, &absmax) in absmax[..out.len().div_ceil(block_size)].iter().enumerate() {
-        let scale = _mm512_set1_ps(absmax);
+        let (scale, offset) = (_mm512_set1_ps(absmax), _mm512_set1_ps(offset));
         let end = out.len().min((block + 1) * block_size);
         for start in (block * block_size..end).step_by(64) {
             // SAFETY: 64 codes.
@@ -231,7 +253,8 @@ unsafe fn dequantize_blocks(values: &[f32; 256], codes: &[u8], absmax: &[f32], b
                 // SAFETY: 16 of the group's 64 outputs.
                 unsafe {
                     let to = out.as_mut_ptr().add(start + 16 * index);
-                    _mm512_storeu_ps(to, _mm512_mul_ps(_mm512_castsi512_ps(bits), scale));
+                    let scaled = _mm512_mul_ps(_mm512_castsi512_ps(bits), scale);
+                    _mm512_storeu_ps(to, _mm512_add_ps(scaled, offset));
                 }
             }
         }

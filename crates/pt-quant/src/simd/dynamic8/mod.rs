@@ -12,11 +12,17 @@ mod avx512;
 
 use crate::{DynamicMap, Isa};
 
-/// `(map, block_size, input, codes, absmax)`; the last block may be short.
-pub(crate) type Quantize = fn(&DynamicMap, usize, &[f32], &mut [u8], &mut [f32]);
+/// `(map, block_size, input, offset, codes, absmax)`: of `input - offset`. The last block may be short.
+pub(crate) type Quantize = fn(&DynamicMap, usize, &[f32], f32, &mut [u8], &mut [f32]);
 
-/// `(values, codes, absmax, block_size, out)`; the last block may be short.
-pub(crate) type Dequantize = fn(&[f32; 256], &[u8], &[f32], usize, &mut [f32]);
+/// `(values, codes, absmax, block_size, offset, out)`: `values[code] · absmax + offset`, rounded twice. The last block may be short.
+pub(crate) type Dequantize = fn(&[f32; 256], &[u8], &[f32], usize, f32, &mut [f32]);
+
+/// An offset that changes no number when it is taken off: x - 0 = x also for x = -0.
+pub(crate) const NOTHING_OFF: f32 = 0.0;
+
+/// An offset that changes no number when it is added: x + -0 = x also for x = -0.
+pub(crate) const NOTHING_ADDED: f32 = -0.0;
 
 pub(crate) struct Kernels {
     pub(crate) quantize: Quantize,
@@ -80,32 +86,35 @@ mod tests {
     fn every_instruction_set_finds_the_nearest_code() {
         for map in [DynamicMap::signed(), DynamicMap::unsigned()] {
             let numbers = around_thresholds(map);
-            let run = |isa: Isa| {
+            for offset in [NOTHING_OFF, 0.3] {
+                let run = |isa: Isa| {
+                    let (mut codes, mut absmax) = (vec![0; numbers.len()], vec![0.0; numbers.len().div_ceil(256)]);
+                    (kernels(isa).quantize)(map, 256, &numbers, offset, &mut codes, &mut absmax);
+                    (codes, absmax)
+                };
+                let expected = run(Isa::Scalar);
+                for (number, code) in numbers.iter().zip(&expected.0).filter(|_| offset == NOTHING_OFF) {
+                    assert_eq!(*code, map.nearest(*number), "{number}");
+                }
+                for isa in Isa::available() {
+                    assert_eq!(run(isa), expected, "{isa}");
+                }
+                // The portable one, whatever the processor.
                 let (mut codes, mut absmax) = (vec![0; numbers.len()], vec![0.0; numbers.len().div_ceil(256)]);
-                (kernels(isa).quantize)(map, 256, &numbers, &mut codes, &mut absmax);
-                (codes, absmax)
-            };
-            let expected = run(Isa::Scalar);
-            for (number, code) in numbers.iter().zip(&expected.0) {
-                assert_eq!(*code, map.nearest(*number), "{number}");
+                (cells::KERNELS.quantize)(map, 256, &numbers, offset, &mut codes, &mut absmax);
+                assert_eq!((codes, absmax), expected);
             }
-            for isa in Isa::available() {
-                assert_eq!(run(isa), expected, "{isa}");
-            }
-            // The portable one, whatever the processor.
-            let (mut codes, mut absmax) = (vec![0; numbers.len()], vec![0.0; numbers.len().div_ceil(256)]);
-            (cells::KERNELS.quantize)(map, 256, &numbers, &mut codes, &mut absmax);
-            assert_eq!((codes, absmax), expected);
         }
     }
 
     #[test]
     fn every_instruction_set_decodes_every_code() {
         let codes: Vec<u8> = (0..=255).chain((0..=255).rev()).chain(0..77).collect();
-        for absmax in [[1.0, 0.3, 7.0], [0.0, f32::INFINITY, f32::NAN], [f32::MIN_POSITIVE, 1e-45, f32::MAX]] {
+        let scales = [[1.0, 0.3, 7.0], [0.0, f32::INFINITY, f32::NAN], [f32::MIN_POSITIVE, 1e-45, f32::MAX]];
+        for (absmax, offset) in scales.iter().flat_map(|absmax| [(absmax, NOTHING_ADDED), (absmax, 0.04)]) {
             let run = |isa: Isa| {
                 let mut out = vec![9.0; codes.len()];
-                (kernels(isa).dequantize)(DynamicMap::signed().values(), &codes, &absmax, 256, &mut out);
+                (kernels(isa).dequantize)(DynamicMap::signed().values(), &codes, absmax, 256, offset, &mut out);
                 // Miri gives NaN any bits, as the language allows.
                 let is_any = |value: f32| cfg!(miri) && value.is_nan();
                 out.into_iter().map(|value| if is_any(value) { 1 } else { value.to_bits() }).collect::<Vec<_>>()

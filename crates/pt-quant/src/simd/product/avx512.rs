@@ -23,8 +23,8 @@ mod backward;
 use core::arch::x86_64::*;
 
 use super::{
-    GROUP, Group, Int8Group, Int8Rows, Int8Table, Kernels, Rows, Sums, TILE_ROWS, Table, Tiles, check_forward, check_int8,
-    check_panel, scalar,
+    GROUP, Group, Int8Group, Int8Rows, Int8Table, Kernels, Rows, Sums, TILE_ROWS, Table, Tiles, check_forward,
+    check_int8, check_panel, scalar,
 };
 use crate::simd::lanes::reduce_four;
 

@@ -66,7 +66,9 @@ unsafe fn by_isa<const NATIVE: bool, const STREAM: bool, const CHANGES: bool>(
         len: usize,
     ) {
         // SAFETY: the caller's promise.
-        unsafe { merge_part::<STREAM, CHANGES>(from, words, scale, to, changes, len, |even, odd| narrow_native(even, odd)) }
+        unsafe {
+            merge_part::<STREAM, CHANGES>(from, words, scale, to, changes, len, |even, odd| narrow_native(even, odd))
+        }
     }
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
     unsafe fn plain<const STREAM: bool, const CHANGES: bool>(
@@ -115,7 +117,8 @@ unsafe fn merge_part<const STREAM: bool, const CHANGES: bool>(
             // scale ^ (negative & sign)
             let odd_scale = _mm512_ternarylogic_epi32::<0x78>(scale, negative, sign);
             let even_scale = _mm512_xor_si512(scale, _mm512_slli_epi32::<16>(negative));
-            let [even, odd] = [_mm512_slli_epi32::<16>(old), _mm512_and_si512(old, high)].map(|w| _mm512_castsi512_ps(w));
+            let [even, odd] =
+                [_mm512_slli_epi32::<16>(old), _mm512_and_si512(old, high)].map(|w| _mm512_castsi512_ps(w));
             let even = _mm512_add_ps(even, _mm512_castsi512_ps(even_scale));
             let new = narrow(even, _mm512_add_ps(odd, _mm512_castsi512_ps(odd_scale)));
             if STREAM && mask == u32::MAX {

@@ -19,8 +19,8 @@ use crate::simd::lanes::reduce_four;
 /// Rows of W that are worked on at once.
 const ROWS: usize = 3;
 
-/// Cache lines of depth in a piece: 16 KiB of 8 rows of X.
-const PIECE: usize = 32;
+/// Cache lines of depth in a piece: 24 KiB of 8 rows of X.
+const PIECE: usize = 48;
 
 /// A row of accumulators.
 type Lanes<const M: usize> = [__m512; M];
@@ -103,8 +103,8 @@ macro_rules! few_function {
                 }
                 for line in 0..whole {
                     for row in 0..R {
-                        // While a line of each row is in use, the line of the row that comes next in its place.
-                        _mm_prefetch::<_MM_HINT_T0>(w.wrapping_add((R + row) * depth + line * LINE).cast());
+                        // While a line of each row is in use, the line of the row that comes next in its place, to the L2 cache: the L1 cache is full.
+                        _mm_prefetch::<_MM_HINT_T1>(w.wrapping_add((R + row) * depth + line * LINE).cast());
                     }
                     let mut ws = [$load(u32::MAX, w.add(line * LINE)); R];
                     for row in 1..R {

@@ -18,9 +18,7 @@
 
 use core::arch::x86_64::*;
 
-use super::super::{
-    BackwardFew, FewRows, GROUP, Group, Rows, TILE_ROWS, Table, Tiles, check_backward, check_backward_few,
-};
+use super::super::{BackwardFew, FewRows, GROUP, Rows, TILE_ROWS, Table, Tiles, check_backward, check_backward_few};
 use super::block_table;
 
 pub(super) static FEW: BackwardFew = BackwardFew { max_rows: MAX_FEW, f32: few_f32, bf16: None, natural };
@@ -32,8 +30,9 @@ const MAX_FEW: usize = 8;
 /// Vectors of a group.
 const VECTORS: usize = GROUP / 16;
 
-/// Tiles from the one worked on to the one that is asked for.
-const TILES_AHEAD: usize = 12;
+/// Tiles from the one worked on to the one that the L2 cache is asked for. A column of tiles has the length of a row for its stride, mostly a power of
+/// two, so that the L1 cache would not hold many.
+const TILES_AHEAD: usize = 24;
 
 /// Calls `$function::<M, V, FIRST, ..>` for all vectors of a group at once, or for one half of them and then the other.
 macro_rules! by_few {
@@ -103,12 +102,22 @@ unsafe fn store_sums<const M: usize, const V: usize, const FIRST: usize>(
     }
 }
 
-/// Asks for the codes of a tile, which may lie past the end.
+/// What a few rows' gradient reads of the tile that comes next, and asks for of a later one.
+///
+/// # Safety
+/// `tile` must be one of the tiles, whose group is there.
 #[inline]
 #[target_feature(enable = "avx512f")]
-fn prefetch(codes: *const Group) {
-    _mm_prefetch::<_MM_HINT_T0>(codes.cast());
-    _mm_prefetch::<_MM_HINT_T0>(codes.cast::<i8>().wrapping_add(GROUP));
+unsafe fn tile<'a>(tiles: &Tiles<'a>, tile: usize) -> (&'a [[u8; GROUP]; 2], &'a [f32; TILE_ROWS]) {
+    let at = tile * tiles.groups_per_row + tiles.groups.start;
+    // A prefetch may point anywhere.
+    let later = at.wrapping_add(TILES_AHEAD * tiles.groups_per_row);
+    let codes = tiles.codes.as_ptr().wrapping_add(later).cast::<i8>();
+    _mm_prefetch::<_MM_HINT_T1>(codes);
+    _mm_prefetch::<_MM_HINT_T1>(codes.wrapping_add(GROUP));
+    _mm_prefetch::<_MM_HINT_T1>(tiles.scales.as_ptr().wrapping_add(later).cast());
+    // SAFETY: the caller's promise.
+    unsafe { (&(*tiles.codes.as_ptr().add(at)).0, &*tiles.scales.as_ptr().add(at)) }
 }
 
 /// # Safety
@@ -124,38 +133,44 @@ unsafe fn few_f32_of<const M: usize, const V: usize, const FIRST: usize, const R
     // SAFETY: `check_backward_few`: each tile has the group and its scales, 4 tables and 4 · M numbers of the gradient.
     unsafe {
         let values = _mm512_loadu_ps(table.values.as_ptr());
+        // The weights of row `n`, row `row` of a tile.
+        let tables = tables.as_mut_ptr().cast::<f32>();
+        let decode = |(codes, scales): (&[[u8; GROUP]; 2], &[f32; TILE_ROWS]), n: usize, row: usize| {
+            let kept = tables.add(16 * n);
+            let table = if FIRST == 0 { block_table::<ROUND>(values, scales[row]) } else { _mm512_loadu_ps(kept) };
+            if FIRST == 0 && V < VECTORS {
+                _mm512_storeu_ps(kept, table);
+            }
+            let codes = _mm512_load_si512(codes[row / 2].as_ptr().cast());
+            let mut weights = [table; V];
+            for v in 0..V {
+                let shift = _mm_cvtsi32_si128((8 * (FIRST + v) + 4 * (row % 2)) as i32);
+                weights[v] = _mm512_permutexvar_ps(_mm512_srl_epi32(codes, shift), table);
+            }
+            weights
+        };
+        let last = tiles.num_tiles() - 1;
         let mut acc = load_sums::<M, V, FIRST>(sums);
-        for tile in 0..tiles.num_tiles() {
-            let at = tile * tiles.groups_per_row + tiles.groups.start;
-            let (codes, scales) = (tiles.codes.as_ptr().add(at), &*tiles.scales.as_ptr().add(at));
-            prefetch(codes.wrapping_add(TILES_AHEAD * tiles.groups_per_row));
-            for pair in 0..2 {
-                let codes = _mm512_load_si512((&(*codes).0)[pair].as_ptr().cast());
-                for row in 0..2 {
-                    let n = TILE_ROWS * tile + 2 * pair + row;
-                    let kept = tables.as_mut_ptr().add(n).cast::<f32>();
-                    let table = if FIRST == 0 {
-                        let table = block_table::<ROUND>(values, scales[2 * pair + row]);
-                        if V < VECTORS {
-                            _mm512_storeu_ps(kept, table);
-                        }
-                        table
-                    } else {
-                        _mm512_loadu_ps(kept)
-                    };
-                    let mut weights = [table; V];
+        let mut own = tile(tiles, 0);
+        let mut weights = decode(own, 0, 0);
+        for index in 0..=last {
+            let next = tile(tiles, last.min(index + 1));
+            for row in 0..TILE_ROWS {
+                let n = TILE_ROWS * index + row;
+                // Looked up one row ahead: the multiplications of this one would fill the scheduler.
+                let ahead = match row + 1 {
+                    TILE_ROWS => decode(next, TILE_ROWS * last.min(index + 1), 0),
+                    row => decode(own, n + 1, row),
+                };
+                for m in 0..M {
+                    let dy = _mm512_set1_ps(*dy.as_ptr().add(n * M + m));
                     for v in 0..V {
-                        let shift = _mm_cvtsi32_si128((8 * (FIRST + v) + 4 * row) as i32);
-                        weights[v] = _mm512_permutexvar_ps(_mm512_srl_epi32(codes, shift), table);
-                    }
-                    for m in 0..M {
-                        let dy = _mm512_set1_ps(*dy.as_ptr().add(n * M + m));
-                        for v in 0..V {
-                            acc[m][v] = _mm512_fmadd_ps(weights[v], dy, acc[m][v]);
-                        }
+                        acc[m][v] = _mm512_fmadd_ps(weights[v], dy, acc[m][v]);
                     }
                 }
+                weights = ahead;
             }
+            own = next;
         }
         store_sums::<M, V, FIRST>(acc, sums);
     }
@@ -195,39 +210,51 @@ unsafe fn few_bf16_of<const M: usize, const V: usize, const FIRST: usize>(
         }
         // The 4 bits of a code in both words, and 16 more in the high one: the table of the second row is there.
         let (code, second) = (_mm512_set1_epi32(0xf_000f), _mm512_set1_epi32(0x10_0000));
+        // The weights of pair `n` of rows, pair `pair` of a tile.
+        let tables = tables.as_mut_ptr().cast::<__m512i>();
+        let decode = |(codes, scales): (&[[u8; GROUP]; 2], &[f32; TILE_ROWS]), n: usize, pair: usize| {
+            let kept = tables.add(n);
+            let table = if FIRST == 0 {
+                let [low, high] = [0, 1].map(|row| _mm512_mul_ps(values, _mm512_set1_ps(scales[2 * pair + row])));
+                core::mem::transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(high, low))
+            } else {
+                _mm512_loadu_si512(kept)
+            };
+            if FIRST == 0 && V < VECTORS {
+                _mm512_storeu_si512(kept, table);
+            }
+            let codes = _mm512_load_si512(codes[pair].as_ptr().cast());
+            let mut weights = [table; V];
+            for v in 0..V {
+                // (codes & code) | second
+                let codes = _mm512_multishift_epi64_epi8(offsets[v], codes);
+                let index = _mm512_ternarylogic_epi32::<0xea>(codes, code, second);
+                weights[v] = _mm512_permutexvar_epi16(index, table);
+            }
+            weights
+        };
+        let last = tiles.num_tiles() - 1;
         let mut acc = load_sums::<M, V, FIRST>(sums);
-        for tile in 0..tiles.num_tiles() {
-            let at = tile * tiles.groups_per_row + tiles.groups.start;
-            let (codes, scales) = (tiles.codes.as_ptr().add(at), &*tiles.scales.as_ptr().add(at));
-            prefetch(codes.wrapping_add(TILES_AHEAD * tiles.groups_per_row));
-            for pair in 0..2 {
-                let codes = _mm512_load_si512((&(*codes).0)[pair].as_ptr().cast());
-                let n = TILE_ROWS / 2 * tile + pair;
-                let kept = tables.as_mut_ptr().add(n).cast::<__m512i>();
-                let table = if FIRST == 0 {
-                    let [low, high] = [0, 1].map(|row| _mm512_mul_ps(values, _mm512_set1_ps(scales[2 * pair + row])));
-                    let table = core::mem::transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(high, low));
-                    if V < VECTORS {
-                        _mm512_storeu_si512(kept, table);
-                    }
-                    table
-                } else {
-                    _mm512_loadu_si512(kept)
+        let mut own = tile(tiles, 0);
+        let mut weights = decode(own, 0, 0);
+        for index in 0..=last {
+            let next = tile(tiles, last.min(index + 1));
+            for pair in 0..TILE_ROWS / 2 {
+                let n = TILE_ROWS / 2 * index + pair;
+                // Looked up one pair ahead: the multiplications of this one would fill the scheduler.
+                let ahead = match pair {
+                    0 => decode(own, n + 1, 1),
+                    _ => decode(next, TILE_ROWS / 2 * last.min(index + 1), 0),
                 };
-                let mut weights = [table; V];
-                for v in 0..V {
-                    let index = _mm512_multishift_epi64_epi8(offsets[v], codes);
-                    // (index & code) | second
-                    let index = _mm512_ternarylogic_epi32::<0xea>(index, code, second);
-                    weights[v] = _mm512_permutexvar_epi16(index, table);
-                }
                 for m in 0..M {
                     let dy = bh(_mm512_set1_epi32(*dy.as_ptr().add(n * M + m) as i32));
                     for v in 0..V {
                         acc[m][v] = _mm512_dpbf16_ps(acc[m][v], bh(weights[v]), dy);
                     }
                 }
+                weights = ahead;
             }
+            own = next;
         }
         store_sums::<M, V, FIRST>(acc, sums);
     }
