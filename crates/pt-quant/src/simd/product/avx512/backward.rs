@@ -102,7 +102,7 @@ unsafe fn store_sums<const M: usize, const V: usize, const FIRST: usize>(
     }
 }
 
-/// What a few rows' gradient reads of the tile that comes next, and asks for of a later one.
+/// What the gradient of few rows reads of a tile; asks for the same of a later one.
 ///
 /// # Safety
 /// `tile` must be one of the tiles, whose group is there.
@@ -149,28 +149,19 @@ unsafe fn few_f32_of<const M: usize, const V: usize, const FIRST: usize, const R
             }
             weights
         };
-        let last = tiles.num_tiles() - 1;
         let mut acc = load_sums::<M, V, FIRST>(sums);
-        let mut own = tile(tiles, 0);
-        let mut weights = decode(own, 0, 0);
-        for index in 0..=last {
-            let next = tile(tiles, last.min(index + 1));
+        for index in 0..tiles.num_tiles() {
+            let own = tile(tiles, index);
             for row in 0..TILE_ROWS {
                 let n = TILE_ROWS * index + row;
-                // Looked up one row ahead: the multiplications of this one would fill the scheduler.
-                let ahead = match row + 1 {
-                    TILE_ROWS => decode(next, TILE_ROWS * last.min(index + 1), 0),
-                    row => decode(own, n + 1, row),
-                };
+                let weights = decode(own, n, row);
                 for m in 0..M {
                     let dy = _mm512_set1_ps(*dy.as_ptr().add(n * M + m));
                     for v in 0..V {
                         acc[m][v] = _mm512_fmadd_ps(weights[v], dy, acc[m][v]);
                     }
                 }
-                weights = ahead;
             }
-            own = next;
         }
         store_sums::<M, V, FIRST>(acc, sums);
     }
@@ -233,28 +224,19 @@ unsafe fn few_bf16_of<const M: usize, const V: usize, const FIRST: usize>(
             }
             weights
         };
-        let last = tiles.num_tiles() - 1;
         let mut acc = load_sums::<M, V, FIRST>(sums);
-        let mut own = tile(tiles, 0);
-        let mut weights = decode(own, 0, 0);
-        for index in 0..=last {
-            let next = tile(tiles, last.min(index + 1));
+        for index in 0..tiles.num_tiles() {
+            let own = tile(tiles, index);
             for pair in 0..TILE_ROWS / 2 {
                 let n = TILE_ROWS / 2 * index + pair;
-                // Looked up one pair ahead: the multiplications of this one would fill the scheduler.
-                let ahead = match pair {
-                    0 => decode(own, n + 1, 1),
-                    _ => decode(next, TILE_ROWS / 2 * last.min(index + 1), 0),
-                };
+                let weights = decode(own, n, pair);
                 for m in 0..M {
                     let dy = bh(_mm512_set1_epi32(*dy.as_ptr().add(n * M + m) as i32));
                     for v in 0..V {
                         acc[m][v] = _mm512_dpbf16_ps(acc[m][v], bh(weights[v]), dy);
                     }
                 }
-                weights = ahead;
             }
-            own = next;
         }
         store_sums::<M, V, FIRST>(acc, sums);
     }
