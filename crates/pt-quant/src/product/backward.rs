@@ -32,9 +32,9 @@ impl Block4Matrix {
     /// # Shapes
     /// - `dy`: `[rows, out_features]`, `dx`: `[rows, in_features]`, row-major; f32, bf16 or f16, as in [`forward`](Self::forward).
     ///
-    /// The weights are decoded a panel of 64 by 64 at a time; no thread needs more than 192 KiB of scratch, next to a copy of `dy` where its format
-    /// must change. The result depends on the instruction set, but not on the threads. The bounds are those of [`Arithmetic`], with
-    /// `out_features` for K.
+    /// The weights are decoded a panel of 64 by 64 at a time, or for up to 16 rows looked up where they are multiplied. No thread needs more than
+    /// 192 KiB of scratch, next to a copy of `dy` where its format or order must change. The result depends on the instruction set, but not on the
+    /// threads. The bounds are those of [`Arithmetic`], with `out_features` for K.
     ///
     /// # Errors
     /// [`QuantError::Length`] when a buffer has another length, [`QuantError::Value`] for [`Arithmetic::Int8`] and for a bias: neither has a
