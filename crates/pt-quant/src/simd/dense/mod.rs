@@ -102,6 +102,7 @@ fn check_dots<T>(x: &[T], w: &[T], depth: usize, out: &[f32]) -> usize {
 }
 
 /// Panics unless every element that [`FewFn`] reads or writes is there.
+#[cfg(target_arch = "x86_64")]
 fn check_few<T>(x: &[T], rows: usize, w: &[T], depth: usize, out: &[f32]) {
     assert!((1..=MAX_FEW).contains(&rows), "x has between 1 and {MAX_FEW} rows");
     assert_eq!(x.len(), depth.div_ceil(64 / size_of::<T>()) * rows * (64 / size_of::<T>()), "x is packed");

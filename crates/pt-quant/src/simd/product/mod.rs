@@ -145,6 +145,8 @@ pub(crate) type ForwardInt8 = fn(&Tiles<'_>, &Int8Table, &Int8Rows<'_>, acc: &mu
 pub(crate) type Backward<W, T> = fn(panel: &[[W; GROUP]], dy: &Rows<'_, T>, sums: &mut [[f32; GROUP]]);
 
 /// What a gradient of few rows writes: one group of columns.
+// Only x86-64 has kernels that read it.
+#[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]
 pub(crate) struct FewRows<'a> {
     /// `[rows, 64]` in an order of its own; added to.
     pub(crate) sums: &'a mut [[f32; GROUP]],
@@ -254,6 +256,7 @@ fn check_backward<T>(num_rows: usize, dy: &Rows<'_, T>, sums: usize) {
 }
 
 /// Panics unless the operands of a gradient of few rows fit: `dy_rows` elements of each of its rows a tile.
+#[cfg(target_arch = "x86_64")]
 fn check_backward_few(tiles: &Tiles<'_>, dy: usize, dy_rows: usize, rows: &FewRows<'_>, max_rows: usize) {
     tiles.check();
     assert!(tiles.groups.len == 1 && tiles.num_tiles() > 0, "one group at a time");
