@@ -34,6 +34,8 @@ struct Slot {
     first: Tensor,
     second: Tensor,
     is_decayed: bool,
+    /// Its learning rate is this many times that of a step.
+    lr_factor: f64,
 }
 
 impl Slot {
@@ -79,10 +81,17 @@ impl AdamW {
             .map(|(name, parameter)| {
                 let zeros = || Tensor::zeros(parameter.size(), (Kind::Float, parameter.device()));
                 let (first, second) = (zeros(), zeros());
-                Slot { name, is_decayed: parameter.dim() > 1, first, second, parameter }
+                Slot { name, is_decayed: parameter.dim() > 1, lr_factor: 1.0, first, second, parameter }
             })
             .collect();
         Self { config, slots, step: 0 }
+    }
+
+    /// Gives tensors learning rates of their own: `factor` says, by name, how many times that of a step.
+    #[must_use]
+    pub fn with_lr_factors(mut self, factor: impl Fn(&str) -> f64) -> Self {
+        self.slots.iter_mut().for_each(|slot| slot.lr_factor = factor(&slot.name));
+        self
     }
 
     /// The trained tensors.
@@ -104,9 +113,14 @@ impl AdamW {
         let AdamWConfig { beta1, beta2, eps, weight_decay } = self.config;
         let correction1 = 1.0 - beta1.powi(self.step as i32);
         let correction2 = 1.0 - beta2.powi(self.step as i32);
-        for is_decayed in [true, false] {
-            let weight_decay = if is_decayed { weight_decay } else { 0.0 };
-            self.fused_step(is_decayed, lr, weight_decay)?;
+        let mut lr_factors: Vec<f64> = self.slots.iter().map(|slot| slot.lr_factor).collect();
+        lr_factors.sort_by(f64::total_cmp);
+        lr_factors.dedup();
+        for lr_factor in lr_factors {
+            for is_decayed in [true, false] {
+                let weight_decay = if is_decayed { weight_decay } else { 0.0 };
+                self.fused_step((is_decayed, lr_factor), lr * lr_factor, weight_decay)?;
+            }
         }
         no_grad(|| {
             for slot in self.slots.iter_mut().filter(|slot| !slot.is_fusable()) {
@@ -115,6 +129,7 @@ impl AdamW {
                     continue;
                 }
                 let grad = grad.to_kind(Kind::Float);
+                let lr = lr * slot.lr_factor;
                 if weight_decay != 0.0 && slot.is_decayed {
                     let _ = slot.parameter.f_mul_scalar_(1.0 - lr * weight_decay)?;
                 }
@@ -128,12 +143,12 @@ impl AdamW {
         })
     }
 
-    /// The update of the tensors that libtorch's fused kernel takes.
-    fn fused_step(&self, is_decayed: bool, lr: f64, weight_decay: f64) -> Result<()> {
+    /// The update of the tensors of a group (whether decayed, and factor of the learning rate) that libtorch's fused kernel takes.
+    fn fused_step(&self, group: (bool, f64), lr: f64, weight_decay: f64) -> Result<()> {
         let grads: Vec<(&Slot, Tensor)> = self
             .slots
             .iter()
-            .filter(|slot| slot.is_decayed == is_decayed && slot.is_fusable())
+            .filter(|slot| (slot.is_decayed, slot.lr_factor) == group && slot.is_fusable())
             .map(|slot| (slot, slot.parameter.grad()))
             .map(|(slot, grad)| if grad.defined() { (slot, grad.contiguous()) } else { (slot, grad) })
             .filter(|(_, grad)| grad.defined() && grad.kind() == Kind::Float)
@@ -246,6 +261,21 @@ mod tests {
         adam.step(0.1).unwrap();
         let values = Vec::<f32>::try_from(p.detach()).unwrap();
         assert!((values[0] - 0.9).abs() < 1e-6 && (values[1] + 0.9).abs() < 1e-6, "{values:?}");
+    }
+
+    #[test]
+    fn a_tensor_may_have_a_learning_rate_of_its_own() {
+        let (a, b) = (parameter(&[1.0], &[0.5]), parameter(&[1.0], &[0.5]));
+        let half = parameter(&[1.0], &[0.5]).to_kind(Kind::Double).detach().set_requires_grad(true);
+        (&half * 0.5).sum(None).backward();
+        let named = [("a", &a), ("b", &b), ("b of another kind", &half)];
+        let named = named.map(|(name, tensor)| (name.to_string(), tensor.shallow_clone())).into();
+        let mut adam = AdamW::new(named, AdamWConfig::default())
+            .with_lr_factors(|name| if name.starts_with('b') { 4.0 } else { 1.0 });
+        adam.step(0.01).unwrap();
+        for (tensor, want) in [(&a, 0.99), (&b, 0.96), (&half, 0.96)] {
+            assert!((tensor.double_value(&[0]) - want).abs() < 1e-6, "{tensor:?}");
+        }
     }
 
     #[test]

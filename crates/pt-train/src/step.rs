@@ -38,6 +38,13 @@ impl Optimization {
         Self { optimizer: AdamW::new(parameters, adamw), schedule, learning_rate, max_grad_norm }
     }
 
+    /// Gives tensors learning rates of their own: `factor` says, by name, how many times the schedule's.
+    #[must_use]
+    pub fn with_lr_factors(mut self, factor: impl Fn(&str) -> f64) -> Self {
+        self.optimizer = self.optimizer.with_lr_factors(factor);
+        self
+    }
+
     /// Clips and applies the accumulated gradients, then drops them.
     ///
     /// # Errors
