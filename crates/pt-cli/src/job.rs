@@ -175,7 +175,9 @@ impl Job {
                 None => save_model(&folder.join("model"), pretrained, model, 5_000_000_000),
             }
         };
-        let trained = Trained { model, sites: sites.clone(), parameters, save: Box::new(save) };
+        let lr_factor = |name: &str| adapter.as_ref().map_or(1.0, |adapter| adapter.lr_factor(name));
+        let trained =
+            Trained { model, sites: sites.clone(), parameters, lr_factor: Box::new(lr_factor), save: Box::new(save) };
         let groups = checked.train.groups;
         let outcome = interrupts::while_training(|stop| {
             train(&trained, groups, eval_groups, &self.config, &run, stop, &mut progress)

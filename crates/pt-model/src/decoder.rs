@@ -326,6 +326,11 @@ impl CausalLm {
         Ok(all)
     }
 
+    /// The input embedding: the path of its module and its table, `[vocab_size, hidden_size]`.
+    pub fn embedding(&self) -> (&str, &Tensor) {
+        (self.embed_path.strip_suffix(".weight").unwrap_or(self.embed_path), &self.embedding)
+    }
+
     /// Embeddings and norms by their Hugging Face names.
     fn plain_parameters(&self) -> Vec<(String, Tensor)> {
         let mut all = vec![(self.embed_path.to_string(), self.embedding.shallow_clone())];

@@ -17,7 +17,7 @@ use std::rc::Rc;
 ///   key/value cache change its values by rounding at most;
 /// - merged, the bare model gives the values of the adapter switched on, within rounding;
 /// - unmerged, the model's weights are what they were, bit for bit;
-/// - saved and loaded, the adapter gives the same values, bit for bit.
+/// - saved and loaded, the adapter gives the same values, bit for bit, or within rounding where it is saved as another.
 ///
 /// State is behind `Cell`s, because a forward pass and its graph share the adapter (`Rc<dyn Sites>`).
 pub trait Adapter: Sites {
@@ -32,6 +32,23 @@ pub trait Adapter: Sites {
     /// What whoever starts a run should know of it, in a sentence.
     fn note(&self) -> Option<String> {
         None
+    }
+
+    /// How many times the run's learning rate a parameter of this name is trained with (LoRA+).
+    fn lr_factor(&self, _name: &str) -> f64 {
+        1.0
+    }
+
+    /// Whether its folder holds another adapter of the same values, and not its own tensors: one that starts from the
+    /// model's weights (PiSSA) is saved as what it adds to them.
+    fn is_saved_converted(&self) -> bool {
+        false
+    }
+
+    /// Whether the gradient of a parameter of this name is that of the values, and not, as the method's paper has it, one
+    /// that holds something constant (DoRA: the norms of the rows).
+    fn is_gradient_exact(&self, _name: &str) -> bool {
+        true
     }
 
     /// Switches the adapter on or off; off, it is the bare model.

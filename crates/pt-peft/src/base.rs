@@ -11,6 +11,10 @@ pub struct Base<'a> {
     pub(crate) layers: Vec<&'a Linear>,
     /// Position of the output layer, which `all-linear` leaves out.
     pub(crate) output: Option<usize>,
+    /// The input embedding of a model.
+    pub(crate) embedding: Option<Embedding>,
+    /// Whether the output layer is the embedding too.
+    pub(crate) is_output_tied: bool,
     model: Option<&'a CausalLm>,
 }
 
@@ -20,17 +24,29 @@ pub(crate) fn layer_path(model: &CausalLm, layer: usize) -> String {
     format!("{stem}.{layer}")
 }
 
+/// A model's input embedding.
+#[derive(Debug)]
+pub(crate) struct Embedding {
+    /// Its module's path: `model.embed_tokens`.
+    pub(crate) path: String,
+    /// `[vocab_size, hidden_size]`, the model's own.
+    pub(crate) table: Tensor,
+}
+
 impl<'a> From<&'a CausalLm> for Base<'a> {
     fn from(model: &'a CausalLm) -> Self {
         let layers: Vec<&Linear> = model.linear_layers().collect();
         // By the model's contract the output layer is the last.
-        Self { output: layers.len().checked_sub(1), layers, model: Some(model) }
+        let (path, table) = model.embedding();
+        let embedding = Some(Embedding { path: path.into(), table: table.shallow_clone() });
+        let is_output_tied = model.config().tie_word_embeddings;
+        Self { output: layers.len().checked_sub(1), layers, embedding, is_output_tied, model: Some(model) }
     }
 }
 
 impl<'a> From<&'a [Linear]> for Base<'a> {
     fn from(layers: &'a [Linear]) -> Self {
-        Self { layers: layers.iter().collect(), output: None, model: None }
+        Self { layers: layers.iter().collect(), output: None, embedding: None, is_output_tied: false, model: None }
     }
 }
 

@@ -17,7 +17,7 @@
 //! | Module | |
 //! | --- | --- |
 //! | [`Method`], [`MethodConfig`] | every method by name, its settings, new and from a folder |
-//! | `lora` | LoRA: forward and backward in one node |
+//! | `lora` | LoRA: forward and backward in one node; DoRA, LoRA+, PiSSA, OLoRA, embeddings, biases, tokens |
 //! | `ia3` | IA3: vectors that scale outputs or inputs |
 //! | `bitfit` | BitFit: biases alone |
 //! | `bottleneck` | adapters of Houlsby, Pfeiffer and He, in AdapterHub's files |
@@ -56,7 +56,7 @@ pub use config::Modules;
 pub use error::{PeftError, Result};
 pub use files::{CONFIG_FILE, TENSOR_FILE};
 pub use ia3::{Ia3Adapter, Ia3Config};
-pub use lora::{LoraAdapter, LoraConfig, lora_linear};
+pub use lora::{BiasMode, LoraAdapter, LoraConfig, LoraInit, TokenIndices, lora_linear};
 pub use method::{Method, MethodConfig, load_adapter};
 pub use set::AdapterSet;
 pub use target::{Strictness, Targets, pattern_value, saved_parameters, target_layers};

@@ -196,7 +196,7 @@ fn compile(field: &'static str, pattern: &str, wrap: impl Fn(&str) -> String) ->
 }
 
 /// Whether `name` is the path or its end after a dot.
-fn is_suffix(path: &str, name: &str) -> bool {
+pub(crate) fn is_suffix(path: &str, name: &str) -> bool {
     path.strip_suffix(name).is_some_and(|rest| rest.is_empty() || rest.ends_with('.'))
 }
 

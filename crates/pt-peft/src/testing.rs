@@ -117,13 +117,18 @@ pub fn adapter_laws(subject: &Subject<'_>, model: &mut CausalLm, sequences: &[Ve
     let saved = folder.join("adapter");
     adapter.save(&saved)?;
     let loaded = (subject.load)(&saved, model)?;
-    let (ours, theirs) = (adapter.parameters(), loaded.parameters());
-    assert_eq!(ours.len(), theirs.len(), "as many tensors come back as were saved");
-    for ((name, a), (other, b)) in ours.into_iter().zip(theirs) {
-        assert!(name == other && a.equal(&b), "`{name}` survives saving and loading");
+    let is_itself = !adapter.is_saved_converted();
+    if is_itself {
+        let (ours, theirs) = (adapter.parameters(), loaded.parameters());
+        assert_eq!(ours.len(), theirs.len(), "as many tensors come back as were saved");
+        for ((name, a), (other, b)) in ours.into_iter().zip(theirs) {
+            assert!(name == other && a.equal(&b), "`{name}` survives saving and loading");
+        }
     }
     let sites: Rc<dyn Sites> = loaded;
-    assert!(logits(model, &sites, sequences)?.equal(&on), "saved and loaded, it gives the same values");
+    let off = distance(&logits(model, &sites, sequences)?, &on);
+    let allowed = if is_itself { 0.0 } else { subject.tolerance };
+    assert!(off <= allowed, "saved and loaded, it gives the same values; off by {off:e}");
 
     // A step may have left the update small; the gradients are checked where it is not.
     disturb(adapter.as_ref(), 0.05);
@@ -262,7 +267,8 @@ pub fn trains_over(subject: &Subject<'_>, model: &CausalLm, sequences: &[Vec<i64
 }
 
 /// Checks the gradients of all trained values and of the input at every linear layer: those of the layer's own values and
-/// of the input must not vanish, and along each gradient finite differences must give its norm.
+/// of the input must not vanish, and along each gradient finite differences must give its norm, unless the method says that
+/// it is no exact gradient.
 fn adapter_gradients(adapter: &dyn Adapter, model: &CausalLm) -> Result<()> {
     for layer in model.linear_layers() {
         let x = probe(5, layer, model);
@@ -288,7 +294,7 @@ fn adapter_gradients(adapter: &dyn Adapter, model: &CausalLm) -> Result<()> {
             // Along the gradient itself, the slope is its norm.
             let norm = grad.norm().double_value(&[]);
             assert!(norm > 0.0 || !(is_of_layer || is_input), "{}: the gradient of {name} is zero", layer.path);
-            if norm == 0.0 {
+            if norm == 0.0 || !adapter.is_gradient_exact(&name) {
                 continue;
             }
             let direction = &grad / norm;

@@ -206,6 +206,8 @@ pub struct Trained<'a> {
     pub sites: Rc<dyn Sites>,
     /// The trained leaves by stable names.
     pub parameters: Vec<(String, Tensor)>,
+    /// How many times the schedule's learning rate each is trained with, by name; see [`pt_peft::Adapter::lr_factor`].
+    pub lr_factor: Box<dyn Fn(&str) -> f64 + 'a>,
     /// Writes the result (adapter or model files) into a folder.
     #[allow(clippy::type_complexity)]
     pub save: Box<dyn Fn(&Path) -> Result<()> + 'a>,
@@ -455,7 +457,8 @@ pub fn train(
         schedule,
         config.learning_rate,
         config.max_grad_norm,
-    );
+    )
+    .with_lr_factors(&trained.lr_factor);
     pt_tensor::random::seed(config.seed);
 
     let mut state = TrainerState { data_fingerprint: fingerprint.clone(), ..Default::default() };

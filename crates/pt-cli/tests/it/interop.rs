@@ -10,15 +10,18 @@ use pt_tensor::{Device, Kind, Tensor};
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
-/// Base model under `fixtures/models`, and settings of the adapter: one of each way to name layers and to scale.
-const CASES: [(&str, &[&str]); 5] = [
-    ("llama", &["lora.rank=4", "lora.lora_alpha=8"]),
+/// Name, base model under `fixtures/models`, and settings of the adapter: one of each way to name layers and to scale, and
+/// LoRA's variants.
+const CASES: [(&str, &str, &[&str]); 9] = [
+    ("llama", "llama", &["lora.rank=4", "lora.lora_alpha=8"]),
     (
+        "llama_untied",
         "llama_untied",
         &["lora.target_modules=[q_proj, gate_proj]", "lora.modules_to_save=[lm_head]", "lora.use_rslora=true"],
     ),
-    ("mistral", &[r"lora.target_modules='.*\.layers\.1\.(self_attn\.[ko]_proj|mlp\.down_proj)'"]),
+    ("mistral", "mistral", &[r"lora.target_modules='.*\.layers\.1\.(self_attn\.[ko]_proj|mlp\.down_proj)'"]),
     (
+        "qwen2",
         "qwen2",
         &[
             "lora.target_modules=[q_proj, k_proj, up_proj]",
@@ -26,7 +29,11 @@ const CASES: [(&str, &[&str]); 5] = [
             "lora.alpha_pattern={up_proj: 16}",
         ],
     ),
-    ("gpt2", &["lora.target_modules=[c_attn, c_proj]"]),
+    ("gpt2", "gpt2", &["lora.target_modules=[c_attn, c_proj]"]),
+    ("dora", "gpt2", &["lora.target_modules=[c_attn, c_fc]", "lora.use_dora=true", "lora.bias=all"]),
+    ("embedding", "llama_untied", &["lora.target_modules=[embed_tokens, lm_head, q_proj]"]),
+    ("pissa", "llama", &["lora.init_lora_weights=pissa", "lora.loraplus_lr_ratio=4"]),
+    ("tokens", "llama", &["lora.target_modules=[q_proj]", "lora.trainable_token_indices=[3, 1]"]),
 ];
 
 /// Ragged sequences, below a vocabulary's size.
@@ -102,8 +109,8 @@ fn move_folder(from: &Path, to: &Path) {
 #[test]
 fn golden_interop_adapters_and_exports_read_back_with_the_same_logits() {
     let folder = std::env::var_os("PT_INTEROP_FOLDER").map(PathBuf::from);
-    for (base, sets) in CASES {
-        let out = folder.as_ref().map(|folder| folder.join(base));
+    for (name, base, sets) in CASES {
+        let out = folder.as_ref().map(|folder| folder.join(name));
         check(&Workshop::of(base), "model", sets, out.as_deref());
     }
     // The real one takes minutes and gigabytes: only for Python.

@@ -1,5 +1,6 @@
 //! LoRA's settings, and `adapter_config.json` as PEFT 0.21 writes it.
 
+use super::options::{BiasMode, LoraInit, Start, TokenIndices};
 use crate::config::{Fields, Modules, OneOrMany, is_off, number, read_json};
 use crate::target::Targets;
 use crate::{PeftError, Result};
@@ -22,6 +23,19 @@ pub struct LoraConfig {
     pub lora_dropout: f64,
     /// Scale by `lora_alpha / sqrt(rank)` instead (Kalajdzievski 2023, <https://arxiv.org/abs/2312.03732>).
     pub use_rslora: bool,
+    /// Train the length of each row of the weight apart from its direction (DoRA, Liu et al. 2024, <https://arxiv.org/abs/2402.09353>).
+    pub use_dora: bool,
+    /// How A and B start: true (A uniform, B zero), false (both random), `gaussian`, `orthogonal`, or from the weight:
+    /// `pissa`, `pissa_niter_N` (Meng et al. 2024, <https://arxiv.org/abs/2404.02948>; with N a fast approximation),
+    /// `olora` (Büyükakyüz 2024, <https://arxiv.org/abs/2406.01775>). The last three are saved as a plain update of twice the rank.
+    pub init_lora_weights: LoraInit,
+    /// Learning rate of B, of magnitudes and of biases as a multiple of the run's (LoRA+, Hayou et al. 2024,
+    /// <https://arxiv.org/abs/2402.12354>; they take 16); an embedding's factors keep the run's. Null for 1.
+    pub loraplus_lr_ratio: Option<f64>,
+    /// Which of the model's biases are trained too: `none`, `all`, or `lora_only`, those of the layers with an update.
+    pub bias: BiasMode,
+    /// Give the update a bias of its own, added after B.
+    pub lora_bias: bool,
     /// Layers that get an update: a list of names, a regular expression, or `all-linear`.
     pub target_modules: Modules,
     /// Layers that get none, though `target_modules` names them.
@@ -36,6 +50,8 @@ pub struct LoraConfig {
     pub alpha_pattern: BTreeMap<String, f64>,
     /// Modules that are trained whole and saved beside the update, by the end of their path: `lm_head`.
     pub modules_to_save: Vec<String>,
+    /// Tokens whose rows of the embedding (and of an output layer that is tied to it) are trained: a list of ids.
+    pub trainable_token_indices: Option<TokenIndices>,
     /// The base model's name or path, kept in the file for whoever loads it.
     pub base_model_name_or_path: Option<String>,
     /// The base model's revision, kept in the file.
@@ -50,6 +66,11 @@ impl Default for LoraConfig {
             lora_alpha: 32.0,
             lora_dropout: 0.0,
             use_rslora: false,
+            use_dora: false,
+            init_lora_weights: LoraInit::default(),
+            loraplus_lr_ratio: None,
+            bias: BiasMode::None,
+            lora_bias: false,
             target_modules: Modules::Pattern("all-linear".into()),
             exclude_modules: None,
             layers_to_transform: vec![],
@@ -57,6 +78,7 @@ impl Default for LoraConfig {
             rank_pattern: BTreeMap::new(),
             alpha_pattern: BTreeMap::new(),
             modules_to_save: vec![],
+            trainable_token_indices: None,
             base_model_name_or_path: None,
             revision: None,
         }
@@ -64,12 +86,9 @@ impl Default for LoraConfig {
 }
 
 /// Keys of PEFT's file that change values and that this crate does not have, with the values that leave them off.
-const UNSUPPORTED: [&str; 13] = [
-    "use_dora",
-    "lora_bias",
+const UNSUPPORTED: [&str; 10] = [
     "layer_replication",
     "target_parameters",
-    "trainable_token_indices",
     "use_qalora",
     "use_bdlora",
     "alora_invocation_tokens",
@@ -80,9 +99,9 @@ const UNSUPPORTED: [&str; 13] = [
     "ensure_weight_tying",
 ];
 
-/// Starting points that only set A and B, which the file then overwrites. Others (PiSSA, OLoRA, CorDA, LoftQ,
-/// LoRA-GA) change the base weights too.
-const HARMLESS_INITS: [&str; 3] = ["gaussian", "orthogonal", "eva"];
+/// A starting point that only sets A and B, which the file then overwrites. PiSSA and OLoRA change the base weights too,
+/// in a way that is computed again; that of others (PiSSA by iteration, CorDA, LoftQ, LoRA-GA) is lost.
+const HARMLESS_INIT: &str = "eva";
 
 impl LoraConfig {
     /// Checks ranges and combinations.
@@ -106,6 +125,7 @@ impl LoraConfig {
         for (pattern, alpha) in self.alpha_pattern.iter().filter(|(_, alpha)| !alpha.is_finite()) {
             faults.push(format!("`alpha_pattern.{pattern}` is {alpha}, expected a finite number"));
         }
+        self.check_variants(&mut faults);
         match &self.target_modules {
             Modules::Names(names) if names.is_empty() && self.modules_to_save.is_empty() => {
                 faults.push("`target_modules` is empty, expected names, a pattern or `all-linear`".into());
@@ -124,6 +144,59 @@ impl LoraConfig {
         if faults.is_empty() { Ok(()) } else { Err(PeftError::Config { faults }) }
     }
 
+    /// The faults of LoRA's variants.
+    fn check_variants(&self, faults: &mut Vec<String>) {
+        let init = &self.init_lora_weights;
+        let start = match init.start() {
+            Ok(start) => start,
+            Err(expected) => return faults.push(format!("`init_lora_weights` is {init}, expected {expected}")),
+        };
+        let ranks = self.rank_pattern.values().copied().chain([self.rank]);
+        if let Some(odd) = ranks.filter(|rank| rank % 2 != 0).find(|_| start == Start::Orthogonal) {
+            faults.push(format!("`rank` is {odd}, expected an even one for `init_lora_weights` = {init}"));
+        }
+        if start.is_from_weight() && self.use_dora {
+            // A magnitude cannot stand for a change of the weight that the file leaves out.
+            faults.push(format!("`use_dora` with `init_lora_weights` = {init}, expected one of them"));
+        }
+        if self.lora_bias && (self.use_dora || !matches!(start, Start::Uniform | Start::Random)) {
+            faults.push(
+                "`lora_bias` with `use_dora` or a named `init_lora_weights`, expected it alone, as in PEFT".into(),
+            );
+        }
+        if let Some(ratio) = self.loraplus_lr_ratio.filter(|ratio| !(*ratio > 0.0 && ratio.is_finite())) {
+            faults.push(format!("`loraplus_lr_ratio` is {ratio}, expected over 0"));
+        }
+        if let Some(tokens) = &self.trainable_token_indices {
+            let ids = tokens.ids();
+            let mut seen = std::collections::BTreeSet::new();
+            if let Some(id) = ids.iter().find(|id| **id < 0 || !seen.insert(**id)) {
+                faults.push(format!("`trainable_token_indices` has {id}, expected ids from 0, each once"));
+            }
+            if ids.is_empty() {
+                faults.push("`trainable_token_indices` is empty, expected ids of tokens".into());
+            }
+        }
+    }
+
+    /// The settings of the plain update, of twice the rank, that an adapter from the model's weights is saved as.
+    pub(super) fn converted(&self) -> Self {
+        // alpha / rank, or alpha / √rank, stays what it was.
+        let alpha_factor = if self.use_rslora { std::f64::consts::SQRT_2 } else { 2.0 };
+        Self {
+            rank: 2 * self.rank,
+            lora_alpha: alpha_factor * self.lora_alpha,
+            rank_pattern: self.rank_pattern.iter().map(|(name, rank)| (name.clone(), 2 * rank)).collect(),
+            alpha_pattern: self
+                .alpha_pattern
+                .iter()
+                .map(|(name, alpha)| (name.clone(), alpha_factor * alpha))
+                .collect(),
+            init_lora_weights: LoraInit::default(),
+            ..self.clone()
+        }
+    }
+
     /// What it goes on.
     pub fn targets(&self) -> Targets<'_> {
         Targets {
@@ -138,7 +211,8 @@ impl LoraConfig {
     /// The settings in a sentence's end, for the model card.
     pub(super) fn in_words(&self) -> String {
         let rslora = if self.use_rslora { ", rank-stabilised" } else { "" };
-        format!("rank {}, alpha {}{rslora}", self.rank, self.lora_alpha)
+        let dora = if self.use_dora { ", with trained magnitudes (DoRA)" } else { "" };
+        format!("rank {}, alpha {}{rslora}{dora}", self.rank, self.lora_alpha)
     }
 
     /// Factor of the update for a rank and an alpha.
@@ -163,13 +237,10 @@ impl LoraConfig {
             .iter()
             .filter_map(|&key| value.get(key).filter(|v| !is_off(v)).map(|v| format!("`{key}` = {v}")))
             .collect();
-        if let Some(bias) = value.get("bias").filter(|v| !is_off(v) && v.as_str() != Some("none")) {
-            features.push(format!("`bias` = {bias}"));
-        }
-        if let Some(init) = value.get("init_lora_weights").and_then(Value::as_str)
-            && !HARMLESS_INITS.contains(&init)
-        {
-            features.push(format!("`init_lora_weights` = \"{init}\""));
+        let init: Option<LoraInit> = fields.get("init_lora_weights", "true, false or a name")?;
+        let init = init.filter(|init| *init != LoraInit::Named(HARMLESS_INIT.into())).unwrap_or_default();
+        if matches!(init.start(), Err(_) | Ok(Start::Pissa { num_iterations: Some(_) })) {
+            features.push(format!("`init_lora_weights` = {init}"));
         }
         if !features.is_empty() {
             return Err(PeftError::Unsupported { path: path.into(), features });
@@ -182,6 +253,11 @@ impl LoraConfig {
             lora_alpha: fields.get("lora_alpha", "a number")?.unwrap_or(8.0),
             lora_dropout: fields.get("lora_dropout", "a number")?.unwrap_or(0.0),
             use_rslora: fields.get("use_rslora", "true or false")?.unwrap_or(false),
+            use_dora: fields.get("use_dora", "true or false")?.unwrap_or(false),
+            init_lora_weights: init,
+            loraplus_lr_ratio: None,
+            bias: fields.get("bias", "\"none\", \"all\" or \"lora_only\"")?.unwrap_or_default(),
+            lora_bias: fields.get("lora_bias", "true or false")?.unwrap_or(false),
             target_modules: fields.get("target_modules", modules)?.unwrap_or(Modules::Names(vec![])),
             exclude_modules: fields.get("exclude_modules", modules)?,
             layers_to_transform: layers.map(OneOrMany::into_vec).unwrap_or_default(),
@@ -189,6 +265,8 @@ impl LoraConfig {
             rank_pattern: fields.get("rank_pattern", "an object of ranks")?.unwrap_or_default(),
             alpha_pattern: fields.get("alpha_pattern", "an object of numbers")?.unwrap_or_default(),
             modules_to_save: fields.get("modules_to_save", "a list of names")?.unwrap_or_default(),
+            trainable_token_indices: fields
+                .get("trainable_token_indices", "a list of token ids, or one for the embedding's name")?,
             base_model_name_or_path: fields.get("base_model_name_or_path", "a name or a path")?,
             revision: fields.get("revision", "a revision")?,
         };
@@ -203,15 +281,15 @@ impl LoraConfig {
         let or_null = |is_some: bool, value: Value| if is_some { value } else { Value::Null };
         let mut modules_to_save = self.modules_to_save.clone();
         modules_to_save.sort();
-        let value = json!({
+        let mut value = json!({
             "alpha_pattern": self.alpha_pattern.iter().map(|(k, &v)| (k.clone(), number(v))).collect::<Map<_, _>>(),
             "auto_mapping": null,
             "base_model_name_or_path": self.base_model_name_or_path,
-            "bias": "none",
+            "bias": self.bias,
             "exclude_modules": self.exclude_modules.as_ref().map(Modules::to_json),
             "fan_in_fan_out": fan_in_fan_out,
             "inference_mode": true,
-            "init_lora_weights": true,
+            "init_lora_weights": self.init_lora_weights,
             "layers_pattern": or_null(!self.layers_pattern.is_empty(), json!(self.layers_pattern)),
             "layers_to_transform": or_null(!self.layers_to_transform.is_empty(), json!(self.layers_to_transform)),
             "lora_alpha": number(self.lora_alpha),
@@ -223,10 +301,19 @@ impl LoraConfig {
             "revision": self.revision,
             "target_modules": self.target_modules.to_json(),
             "task_type": "CAUSAL_LM",
-            "use_dora": false,
+            "use_dora": self.use_dora,
             "use_rslora": self.use_rslora,
         });
-        // The literal above is in key order, and the map keeps it.
+        // Keys that older versions of PEFT do not know are written where they are needed.
+        if self.lora_bias {
+            value["lora_bias"] = json!(true);
+        }
+        if let Some(tokens) = &self.trainable_token_indices {
+            value["trainable_token_indices"] = json!(tokens);
+        }
+        if let Value::Object(map) = &mut value {
+            map.sort_keys();
+        }
         format!("{value:#}")
     }
 }
@@ -261,6 +348,10 @@ mod tests {
             alpha_pattern: [("v_proj".to_string(), 8.0)].into(),
             modules_to_save: vec!["lm_head".into()],
             base_model_name_or_path: Some("org/model".into()),
+            use_dora: true,
+            init_lora_weights: LoraInit::Named("gaussian".into()),
+            bias: BiasMode::LoraOnly,
+            trainable_token_indices: Some(TokenIndices::Ids(vec![7, 3])),
             ..Default::default()
         };
         let value: Value = serde_json::from_str(&config.to_peft_text(false)).unwrap();
@@ -284,13 +375,54 @@ mod tests {
     #[test]
     fn features_that_change_values_are_refused_by_name() {
         let error = read(json!({
-            "peft_type": "LORA", "use_dora": true, "bias": "all", "layer_replication": [[0, 2]],
+            "peft_type": "LORA", "use_qalora": true, "layer_replication": [[0, 2]],
             "init_lora_weights": "pissa_niter_4", "target_parameters": [], "loftq_config": {},
         }))
         .unwrap_err();
         let PeftError::Unsupported { features, .. } = &error else { panic!("{error}") };
-        assert_eq!(features.len(), 4, "{features:?}");
+        assert_eq!(features.len(), 3, "{features:?}");
         assert!(error.hint().is_some());
+    }
+
+    #[test]
+    fn variants_that_exclude_each_other_are_named() {
+        let faults = |config: LoraConfig| config.validate().unwrap_err().to_string();
+        let named = |name: &str| LoraInit::Named(name.into());
+        let text = faults(LoraConfig { init_lora_weights: named("pisa"), ..Default::default() });
+        assert!(text.contains("`init_lora_weights` is \"pisa\", expected true, false"), "{text}");
+        let text = faults(LoraConfig { use_dora: true, init_lora_weights: named("olora"), ..Default::default() });
+        assert!(text.contains("`use_dora` with `init_lora_weights` = \"olora\""), "{text}");
+        let text = faults(LoraConfig { lora_bias: true, use_dora: true, ..Default::default() });
+        assert!(text.contains("`lora_bias` with `use_dora`"), "{text}");
+        let text = faults(LoraConfig { rank: 3, init_lora_weights: named("orthogonal"), ..Default::default() });
+        assert!(text.contains("`rank` is 3, expected an even one"), "{text}");
+        let ids = |ids: &[i64]| Some(TokenIndices::Ids(ids.to_vec()));
+        let text = faults(LoraConfig { trainable_token_indices: ids(&[4, 4]), ..Default::default() });
+        assert!(text.contains("has 4, expected ids from 0, each once"), "{text}");
+        let text = faults(LoraConfig { loraplus_lr_ratio: Some(0.0), ..Default::default() });
+        assert!(text.contains("`loraplus_lr_ratio` is 0, expected over 0"), "{text}");
+    }
+
+    #[test]
+    fn a_plain_update_of_twice_the_rank_keeps_the_scaling() {
+        for use_rslora in [false, true] {
+            let config = LoraConfig {
+                use_rslora,
+                rank_pattern: [("q".to_string(), 6)].into(),
+                alpha_pattern: [("q".to_string(), 3.0)].into(),
+                ..Default::default()
+            };
+            let converted = config.converted();
+            let scalings = |config: &LoraConfig| {
+                [
+                    config.scaling(config.rank, config.lora_alpha),
+                    config.scaling(config.rank_pattern["q"], config.alpha_pattern["q"]),
+                ]
+            };
+            for (a, b) in scalings(&config).into_iter().zip(scalings(&converted)) {
+                assert!((a - b).abs() < 1e-12, "{a} {b}");
+            }
+        }
     }
 
     #[test]

@@ -3,7 +3,8 @@
 use crate::Result;
 use pt_model::Linear;
 use pt_tensor::autograd::attach_backward;
-use pt_tensor::{Kind, Tensor, no_grad, random};
+use pt_tensor::{Kind, Tensor, Weight, no_grad, random};
+use std::rc::Rc;
 
 /// A linear layer with a low-rank update: y = x·Wᵀ + bias + scaling · dropout(x)·Aᵀ·Bᵀ.
 ///
@@ -29,29 +30,30 @@ pub fn lora_linear(
 ) -> Result<Tensor> {
     let kind = hidden_states.kind();
     let (in_compute_a, in_compute_b) = no_grad(|| (a.detach().to_kind(kind), b.detach().to_kind(kind)));
-    lora_linear_cast(layer, hidden_states, (a, &in_compute_a), (b, &in_compute_b), scaling, dropout)
+    let bias = layer.bias.as_ref();
+    lora_linear_cast((&layer.weight, bias), hidden_states, (a, &in_compute_a), (b, &in_compute_b), scaling, dropout)
 }
 
-/// As [`lora_linear`]; `a` and `b` come with their detached copies in the compute kind.
+/// As [`lora_linear`], over a weight and a bias; `a` and `b` come with their detached copies in the compute kind.
 pub(super) fn lora_linear_cast(
-    layer: &Linear,
+    (weight, bias): (&Rc<dyn Weight>, Option<&Tensor>),
     hidden_states: &Tensor,
     (a, a_cast): (&Tensor, &Tensor),
     (b, b_cast): (&Tensor, &Tensor),
     scaling: f64,
     dropout: f64,
 ) -> Result<Tensor> {
-    let is_base_trained = layer.weight.parameter().is_some_and(Tensor::requires_grad)
-        || layer.bias.as_ref().is_some_and(Tensor::requires_grad);
+    let is_base_trained =
+        weight.parameter().is_some_and(Tensor::requires_grad) || bias.is_some_and(Tensor::requires_grad);
     if is_base_trained {
-        return Ok(layer.forward(hidden_states)? + lora_delta(hidden_states, a, b, scaling, dropout)?);
+        return Ok(weight.project(hidden_states, bias)? + lora_delta(hidden_states, a, b, scaling, dropout)?);
     }
-    let (out_features, in_features) = layer.weight.size();
+    let (out_features, in_features) = weight.size();
     // x, flat: [tokens, in]; the closure keeps it, so it must not carry the graph behind it.
     let flat = hidden_states.detach().f_reshape([-1, in_features])?;
     let keep = 1.0 - dropout;
     let (output, low, mask) = no_grad(|| -> Result<_> {
-        let output = layer.forward(&hidden_states.detach())?;
+        let output = weight.project(&hidden_states.detach(), bias)?;
         let draw = || flat.empty_like().to_kind(Kind::Bool).bernoulli_float_(keep);
         let mask = (dropout > 0.0).then(|| random::led_by_cpu(flat.device(), draw)).transpose()?;
         let mut low = dropped(&flat, mask.as_ref(), keep).f_mm(&a_cast.tr())?; // [tokens, rank]
@@ -59,7 +61,7 @@ pub(super) fn lora_linear_cast(
         let _ = output.f_view([-1, out_features])?.f_addmm_(&low, &b_cast.tr())?;
         Ok((output, low, mask))
     })?;
-    let weight = layer.weight.clone();
+    let weight = weight.clone();
     let (a_kind, b_kind) = (a.kind(), b.kind());
     let (needs_x, needs_a, needs_b) = (hidden_states.requires_grad(), a.requires_grad(), b.requires_grad());
     let (a_cast, b_cast) = (a_cast.shallow_clone(), b_cast.shallow_clone());
@@ -107,11 +109,16 @@ pub(super) fn lora_delta(hidden_states: &Tensor, a: &Tensor, b: &Tensor, scaling
 
 /// Its first half, `[.., rank]`: scaling · dropout(x)·Aᵀ.
 pub(super) fn lora_low(hidden_states: &Tensor, a: &Tensor, scaling: f64, dropout: f64) -> Result<Tensor> {
-    let x = match dropout > 0.0 {
+    let x = dropped_at_random(hidden_states, dropout)?;
+    Ok(x.f_linear(&a.to_kind(hidden_states.kind()), None::<Tensor>)? * scaling)
+}
+
+/// dropout(x), in plain operations.
+pub(super) fn dropped_at_random(hidden_states: &Tensor, dropout: f64) -> Result<Tensor> {
+    Ok(match dropout > 0.0 {
         true => random::led_by_cpu(hidden_states.device(), || hidden_states.f_dropout(dropout, true))??,
         false => hidden_states.shallow_clone(),
-    };
-    Ok(x.f_linear(&a.to_kind(hidden_states.kind()), None::<Tensor>)? * scaling)
+    })
 }
 
 #[cfg(test)]

@@ -1,228 +1,136 @@
-//! LoRA: a low-rank update beside a frozen linear layer.
+//! LoRA: a low-rank update beside a frozen linear layer, and its variants: DoRA, rsLoRA, LoRA+, PiSSA, OLoRA, the
+//! embedding, biases and single tokens.
 
+mod bias;
+mod build;
 mod config;
+mod dora;
+mod embedding;
+mod factors;
 mod linear;
+mod options;
+mod start;
 
 pub use config::LoraConfig;
 pub use linear::lora_linear;
+pub use options::{BiasMode, LoraInit, TokenIndices};
 
 use crate::Result;
 use crate::adapter::{Adapter, Merged, NewWeight, State};
-use crate::base::Base;
 use crate::error::to_model;
-use crate::files;
-use crate::init::uniform;
+use crate::files::{self, Entry};
 use crate::saved::SavedModules;
-use crate::target::{Strictness, pattern_value, target_layers};
-use linear::{lora_delta, lora_linear_cast, lora_low};
+use bias::Biases;
+use embedding::{EmbeddingFactors, TokenRows};
+use factors::{Factors, Site, bias_change};
 use pt_model::{CausalLm, Linear, Sites};
-use pt_tensor::{DenseWeight, Kind, Tensor, no_grad};
-use std::cell::RefCell;
+use pt_tensor::Tensor;
 use std::path::Path;
-use std::rc::Rc;
 
-/// The two factors on one layer.
-#[derive(Debug)]
-struct Factors {
-    path: String,
-    /// `[rank, in_features]`, f32.
-    a: Tensor,
-    /// `[out_features, rank]`, f32.
-    b: Tensor,
-    scaling: f64,
-    /// Copies in the compute kind and the versions of A and B that they show: a step of the optimizer or a load
-    /// writes in place, which counts the version up.
-    cast: RefCell<Option<Cast>>,
-}
-
-#[derive(Debug)]
-struct Cast {
-    versions: (i64, i64),
-    a: Tensor,
-    b: Tensor,
-}
-
-impl Factors {
-    /// A and B in `kind`, without a graph.
-    fn in_kind(&self, kind: Kind) -> Result<(Tensor, Tensor)> {
-        if self.a.kind() == kind {
-            return Ok((self.a.detach(), self.b.detach()));
-        }
-        let versions = (self.a.f_internal_version()?, self.b.f_internal_version()?);
-        let mut cast = self.cast.borrow_mut();
-        if let Some(known) = cast.as_ref().filter(|known| known.versions == versions && known.a.kind() == kind) {
-            return Ok((known.a.shallow_clone(), known.b.shallow_clone()));
-        }
-        let (a, b) = no_grad(|| (self.a.detach().to_kind(kind), self.b.detach().to_kind(kind)));
-        *cast = Some(Cast { versions, a: a.shallow_clone(), b: b.shallow_clone() });
-        Ok((a, b))
-    }
-
-    /// scaling · B·A in f32, `[out_features, in_features]`.
-    fn update(&self) -> Tensor {
-        self.b.matmul(&self.a) * self.scaling
-    }
-}
-
-/// LoRA on some layers of a model, and modules that are trained whole.
+/// LoRA on some layers of a model, and what else is trained beside it.
 ///
-/// A and B are f32 leaves whatever the model computes in; a forward pass uses copies in its kind.
+/// What is trained are f32 leaves whatever the model computes in; a forward pass uses copies in its kind.
 #[derive(Debug)]
 pub struct LoraAdapter {
     config: LoraConfig,
     /// By [`Linear::index`].
     factors: Vec<Option<Factors>>,
+    embedding: Option<EmbeddingFactors>,
+    tokens: Option<TokenRows>,
+    biases: Biases,
     saved: SavedModules,
-    /// Name of the output layer's weight, where the layer has an update.
-    output_weight: Option<String>,
+    /// Names of parameters that are replaced whole, and of the output layer's weight where that changes.
+    replaced: Vec<String>,
     fan_in_fan_out: bool,
     state: State,
 }
 
-/// A layer that gets an update. Nothing of it is allocated yet.
-struct Planned<'a> {
-    layer: &'a Linear,
-    rank: i64,
-    scaling: f64,
-    is_output: bool,
-}
-
 impl LoraAdapter {
-    /// A new adapter for a [`CausalLm`], or for linear layers of a model of one's own: A uniform in ±1/√in_features
-    /// (PEFT's Kaiming with a = √5), B zero, modules to save copied. Each tensor has its own random stream from `seed`
-    /// and its name, so a layer starts the same whatever other layers are adapted.
-    ///
-    /// # Errors
-    /// [`PeftError::Config`](crate::PeftError::Config) for settings that cannot be, [`PeftError::NoMatch`](crate::PeftError::NoMatch) for names that the model does not
-    /// have, [`PeftError::Pattern`](crate::PeftError::Pattern); [`PeftError::Tensor`](crate::PeftError::Tensor) when there is no memory for a rank.
-    ///
-    /// # Example
-    /// LoRA on a tch model that is not ours: name its linear layers, and ask the adapter where the layer would compute.
-    /// ```
-    /// use pt_model::{Linear, Sites};
-    /// use pt_peft::{Adapter, LoraAdapter, LoraConfig};
-    /// use pt_tensor::{Device, Kind, Tensor};
-    /// let weight = Tensor::eye(4, (Kind::Float, Device::Cpu)); // [out_features, in_features]
-    /// let mut layers = [Linear::dense(0, "encoder.proj", weight, None)?];
-    /// let config = LoraConfig { rank: 2, lora_alpha: 2.0, ..LoraConfig::default() };
-    /// let adapter = LoraAdapter::new(config, layers.as_slice(), 0)?;
-    /// let x = Tensor::ones([1, 4], (Kind::Float, Device::Cpu));
-    /// assert_eq!(adapter.linear(&layers[0], &x)?, x); // B is zero
-    /// // Train `adapter.parameters()`, then save it, or put the update into the weights.
-    /// adapter.merge_into_layers(&mut layers)?;
-    /// # Ok::<(), pt_peft::PeftError>(())
-    /// ```
-    pub fn new<'a>(config: LoraConfig, base: impl Into<Base<'a>>, seed: u64) -> Result<Self> {
-        let base = base.into();
-        config.validate()?;
-        let saved = SavedModules::copies(&config.modules_to_save, &base)?;
-        let planned = Self::plan(&config, &base, &saved, Strictness::EveryName)?;
-        let adapter = Self::assemble(config, &base, planned, saved)?;
-        for factors in adapter.factors.iter().flatten() {
-            let bound = 1.0 / (factors.a.size()[1] as f32).sqrt();
-            let values = uniform(seed, &format!("{}.lora_A.weight", factors.path), factors.a.numel(), bound);
-            no_grad(|| factors.a.shallow_clone().copy_(&Tensor::from_slice(&values).view_as(&factors.a)));
-        }
-        Ok(adapter)
-    }
-
-    /// The layers that get an update, in model order.
-    fn plan<'a>(
-        config: &LoraConfig,
-        base: &Base<'a>,
-        saved: &SavedModules,
-        strictness: Strictness,
-    ) -> Result<Vec<Planned<'a>>> {
-        let paths: Vec<&str> = base.layers.iter().map(|layer| layer.path.as_str()).collect();
-        let mut targets = target_layers(&config.targets(), &paths, base.output, strictness)?;
-        targets.retain(|&position| !saved.contains(&format!("{}.weight", paths[position])));
-        let plan = |position: usize| {
-            let layer = base.layers[position];
-            let rank = *pattern_value("rank_pattern", &config.rank_pattern, &layer.path)?.unwrap_or(&config.rank);
-            let alpha =
-                *pattern_value("alpha_pattern", &config.alpha_pattern, &layer.path)?.unwrap_or(&config.lora_alpha);
-            Ok(Planned { layer, rank, scaling: config.scaling(rank, alpha), is_output: Some(position) == base.output })
-        };
-        targets.into_iter().map(plan).collect()
-    }
-
-    /// The adapter with A and B zero.
-    fn assemble(config: LoraConfig, base: &Base<'_>, planned: Vec<Planned<'_>>, saved: SavedModules) -> Result<Self> {
-        let size = base.layers.iter().map(|layer| layer.index + 1).max().unwrap_or(0);
-        let mut factors: Vec<Option<Factors>> = (0..size).map(|_| None).collect();
-        let (mut fan_in_fan_out, mut output_weight) = (false, None);
-        for Planned { layer, rank, scaling, is_output } in planned {
-            let (out_features, in_features) = layer.weight.size();
-            let leaf = |size: [i64; 2]| -> Result<Tensor> {
-                Ok(Tensor::f_zeros(size, (Kind::Float, layer.weight.device()))?.set_requires_grad(true))
-            };
-            factors[layer.index] = Some(Factors {
-                path: layer.path.clone(),
-                a: leaf([rank, in_features])?,
-                b: leaf([out_features, rank])?,
-                scaling,
-                cast: RefCell::new(None),
-            });
-            fan_in_fan_out |= layer.is_transposed_in_file;
-            if is_output {
-                output_weight = Some(format!("{}.weight", layer.path));
-            }
-        }
-        Ok(Self { config, factors, saved, output_weight, fan_in_fan_out, state: State::new() })
-    }
-
-    /// Loads an adapter that PEFT or [`Adapter::save`] wrote, for a model or linear layers of one's own.
-    ///
-    /// The tensors must be exactly the adapter's. Two things that PEFT itself writes are passed over: copies of the
-    /// base weight (`.base_layer.`), and embeddings that it adds unasked, as long as they equal the model's.
-    ///
-    /// # Errors
-    /// [`PeftError::NotAnAdapter`](crate::PeftError::NotAnAdapter) for a folder without an adapter, or with pickled tensors only; those of
-    /// [`LoraConfig::from_peft_file`]; [`PeftError::NoMatch`](crate::PeftError::NoMatch); [`PeftError::Keys`](crate::PeftError::Keys) with the difference.
-    pub fn load<'a>(folder: &Path, base: impl Into<Base<'a>>) -> Result<Self> {
-        let base = base.into();
-        files::check_folder(folder)?;
-        let config = LoraConfig::from_peft_file(&folder.join(files::CONFIG_FILE))?;
-        let saved = SavedModules::copies(&config.modules_to_save, &base)?;
-        let planned = Self::plan(&config, &base, &saved, Strictness::AnyName)?;
-        let mut shapes = files::shapes_of(&saved);
-        for Planned { layer, rank, .. } in &planned {
-            let (out_features, in_features) = layer.weight.size();
-            shapes.insert(format!("{}.lora_A.weight", layer.path), vec![*rank, in_features]);
-            shapes.insert(format!("{}.lora_B.weight", layer.path), vec![out_features, *rank]);
-        }
-        // Compared before anything is allocated from the rank that the settings claim.
-        let file = files::AdapterFile::open(folder, &base, files::MODULES, &shapes)?;
-        let adapter = Self::assemble(config, &base, planned, saved)?;
-        file.read_into(adapter.entries())?;
-        Ok(adapter)
-    }
-
-    /// Tensors as the file has them.
-    fn entries(&self) -> Vec<files::Entry> {
-        let factors = self.factors.iter().flatten().flat_map(|factors| {
-            let entry = |part: &str, tensor: &Tensor| files::Entry::new(format!("{}.{part}", factors.path), tensor);
-            [entry("lora_A.weight", &factors.a), entry("lora_B.weight", &factors.b)]
-        });
-        factors.chain(files::entries_of(&self.saved)).collect()
-    }
-
     /// The settings.
     pub fn config(&self) -> &LoraConfig {
         &self.config
     }
 
-    /// Paths of the adapted layers, in model order, with the factor of each update.
+    /// Paths of the adapted linear layers, in model order, with the factor of each update.
     pub fn targets(&self) -> impl Iterator<Item = (&str, f64)> {
         self.factors.iter().flatten().map(|factors| (factors.path.as_str(), factors.scaling))
+    }
+
+    /// The trained tensors: their names here, and how files have them.
+    fn named(&self) -> Vec<(String, Entry)> {
+        let of_layers = self.factors.iter().flatten().map(|factors| (&factors.path, factors.tensors()));
+        let of_embedding = self.embedding.iter().map(|embedding| (&embedding.path, embedding.tensors()));
+        let updates = of_layers.chain(of_embedding).flat_map(|(path, tensors)| {
+            tensors.into_iter().map(move |(part, tensor)| Entry::new(format!("{path}.{part}"), tensor))
+        });
+        let tokens = self.tokens.iter().map(|tokens| Entry::new(tokens.name(), &tokens.rows));
+        let biases = self.biases.named().map(|(name, in_file, value)| (name, Entry::new(in_file, value)));
+        let plain = updates.chain(tokens).chain(files::entries_of(&self.saved));
+        plain.map(|entry| (entry.name.clone(), entry)).chain(biases).collect()
+    }
+
+    /// The tensors of the plain update of twice the rank that stands for one that starts from the model's weights.
+    fn converted(&self) -> Result<Vec<Entry>> {
+        let mut entries: Vec<Entry> = self.named().into_iter().map(|(_, entry)| entry).collect();
+        let mut put = |name: String, value: Tensor| {
+            if let Some(entry) = entries.iter_mut().find(|entry| entry.name == name) {
+                entry.tensor = value;
+            }
+        };
+        for factors in self.factors.iter().flatten() {
+            let (a, b) = factors.converted()?;
+            put(format!("{}.lora_A.weight", factors.path), a);
+            put(format!("{}.lora_B.weight", factors.path), b);
+        }
+        if let Some(embedding) = &self.embedding {
+            let (a, b) = embedding.converted()?;
+            put(format!("{}.lora_embedding_A", embedding.path), a);
+            put(format!("{}.lora_embedding_B", embedding.path), b);
+        }
+        Ok(entries)
     }
 
     fn factors_of(&self, layer: &Linear) -> Option<&Factors> {
         self.factors.get(layer.index).and_then(Option::as_ref)
     }
 
-    fn dropout(&self) -> f64 {
-        if self.state.is_training.get() { self.config.lora_dropout } else { 0.0 }
+    /// The rows that are trained in an output layer, which is tied to the embedding.
+    fn tokens_of(&self, layer: &Linear) -> Option<&TokenRows> {
+        self.tokens.as_ref().filter(|tokens| tokens.tied_output == Some(layer.index))
+    }
+
+    fn site<'a>(&'a self, layer: &'a Linear) -> Site<'a> {
+        let dropout = if self.state.is_training.get() { self.config.lora_dropout } else { 0.0 };
+        Site { layer, trained_bias: self.biases.get(&layer.path), dropout }
+    }
+
+    fn linear_with(&self, layer: &Linear, hidden_states: &Tensor) -> Result<Tensor> {
+        if let Some(factors) = self.factors_of(layer) {
+            return factors.forward(self.site(layer), hidden_states);
+        }
+        if let Some(output) = self.saved.linear(layer, hidden_states)? {
+            return Ok(output);
+        }
+        if let Some(tokens) = self.tokens_of(layer) {
+            return tokens.logits(hidden_states, &layer.forward(hidden_states)?);
+        }
+        Ok(match self.biases.get(&layer.path) {
+            Some(bias) => layer.weight.project(hidden_states, None)? + bias.to_kind(hidden_states.kind()),
+            None => layer.forward(hidden_states)?,
+        })
+    }
+
+    fn output_with(&self, layer: &Linear, hidden_states: &Tensor) -> Result<(Tensor, Tensor)> {
+        if let Some(factors) = self.factors_of(layer) {
+            return factors.output(self.site(layer), hidden_states);
+        }
+        if let Some(tokens) = self.tokens_of(layer) {
+            return tokens.output(layer, hidden_states);
+        }
+        Ok(match self.saved.get(&format!("{}.weight", layer.path)) {
+            Some(weight) => (hidden_states.shallow_clone(), weight.to_kind(hidden_states.kind())),
+            None => pt_model::Bare.output(layer, hidden_states)?,
+        })
     }
 }
 
@@ -231,42 +139,33 @@ impl Sites for LoraAdapter {
         if !self.state.is_live() {
             return layer.forward(hidden_states);
         }
-        if let Some(factors) = self.factors_of(layer) {
-            let output = factors.in_kind(hidden_states.kind()).and_then(|(a, b)| {
-                let (a, b) = ((&factors.a, &a), (&factors.b, &b));
-                lora_linear_cast(layer, hidden_states, a, b, factors.scaling, self.dropout())
-            });
-            return output.map_err(to_model);
-        }
-        match self.saved.linear(layer, hidden_states).map_err(to_model)? {
-            Some(output) => Ok(output),
-            None => layer.forward(hidden_states),
-        }
+        self.linear_with(layer, hidden_states).map_err(to_model)
     }
 
     fn output(&self, layer: &Linear, hidden_states: &Tensor) -> pt_model::Result<(Tensor, Tensor)> {
         if !self.state.is_live() {
             return pt_model::Bare.output(layer, hidden_states);
         }
-        let kind = hidden_states.kind();
-        if let Some(factors) = self.factors_of(layer) {
-            // [x, scaling · dropout(x)·Aᵀ] · [W, B]ᵀ: in bf16 the sum W + scaling·B·A would lose what is under half a
-            // unit in the last place of W, which is all of an update at first.
-            let low = lora_low(hidden_states, &factors.a, factors.scaling, self.dropout()).map_err(to_model)?;
-            let weight = Tensor::f_cat(&[layer.weight.dense()?, factors.b.to_kind(kind)], 1)?;
-            return Ok((Tensor::f_cat(&[hidden_states, &low], -1)?, weight));
+        self.output_with(layer, hidden_states).map_err(to_model)
+    }
+
+    fn embedding(&self, input_ids: &Tensor, embeddings: Tensor) -> pt_model::Result<Tensor> {
+        if !self.state.is_live() {
+            return Ok(embeddings);
         }
-        match self.saved.get(&format!("{}.weight", layer.path)) {
-            Some(weight) => Ok((hidden_states.shallow_clone(), weight.to_kind(kind))),
-            None => pt_model::Bare.output(layer, hidden_states),
-        }
+        let changed = match (&self.embedding, &self.tokens) {
+            (Some(factors), _) => factors.forward(input_ids, &embeddings),
+            (None, Some(tokens)) => tokens.forward(input_ids, &embeddings),
+            (None, None) => Ok(embeddings),
+        };
+        changed.map_err(to_model)
     }
 
     fn parameter(&self, path: &str) -> Option<Tensor> {
         if !self.state.is_live() {
             return None;
         }
-        self.saved.parameter(path)
+        self.saved.parameter(path).or_else(|| self.biases.parameter(path))
     }
 
     fn set_training(&self, is_training: bool) -> bool {
@@ -276,13 +175,22 @@ impl Sites for LoraAdapter {
 
 impl Adapter for LoraAdapter {
     fn parameters(&self) -> Vec<(String, Tensor)> {
-        let mut all = Vec::new();
-        for factors in self.factors.iter().flatten() {
-            all.push((format!("{}.lora_A.weight", factors.path), factors.a.shallow_clone()));
-            all.push((format!("{}.lora_B.weight", factors.path), factors.b.shallow_clone()));
-        }
-        all.extend(self.saved.iter().map(|saved| (saved.name.clone(), saved.value.shallow_clone())));
-        all
+        self.named().into_iter().map(|(name, entry)| (name, entry.tensor)).collect()
+    }
+
+    fn lr_factor(&self, name: &str) -> f64 {
+        let Some(ratio) = self.config.loraplus_lr_ratio else { return 1.0 };
+        let is_vector = || self.named().iter().any(|(own, entry)| own == name && entry.tensor.dim() == 1);
+        if name.ends_with(".lora_B.weight") || is_vector() { ratio } else { 1.0 }
+    }
+
+    fn is_saved_converted(&self) -> bool {
+        self.factors.iter().flatten().any(|factors| factors.part.is_some())
+    }
+
+    fn is_gradient_exact(&self, name: &str) -> bool {
+        let is_factor = |part: &str| name.contains(part);
+        !self.config.use_dora || !["lora_A.", "lora_B.", "lora_embedding_"].into_iter().any(is_factor)
     }
 
     fn set_enabled(&self, is_enabled: bool) {
@@ -296,36 +204,57 @@ impl Adapter for LoraAdapter {
         inner: &dyn Fn(&Tensor) -> Result<Tensor>,
     ) -> Result<Tensor> {
         let output = inner(hidden_states)?;
-        match self.factors_of(layer).filter(|_| self.state.is_live()) {
-            Some(f) => Ok(output + lora_delta(hidden_states, &f.a, &f.b, f.scaling, self.dropout())?),
-            None => Ok(output),
+        if !self.state.is_live() {
+            return Ok(output);
         }
+        if let Some(factors) = self.factors_of(layer) {
+            return factors.around(self.site(layer), hidden_states, output);
+        }
+        if let Some(tokens) = self.tokens_of(layer) {
+            return tokens.logits(hidden_states, &output);
+        }
+        Ok(match self.biases.get(&layer.path) {
+            Some(bias) => {
+                let change = bias_change(bias, layer).to_kind(output.kind());
+                output + change
+            }
+            None => output,
+        })
     }
 
     fn replaced_parameters(&self) -> Vec<&str> {
-        self.saved.iter().map(|saved| saved.name.as_str()).chain(self.output_weight.as_deref()).collect()
+        self.replaced.iter().map(String::as_str).collect()
     }
 
     fn save(&self, folder: &Path) -> Result<()> {
-        files::save(
-            folder,
-            &self.config.to_peft_text(self.fan_in_fan_out),
-            files::MODULES,
-            self.entries(),
-            &files::Card {
-                base: self.config.base_model_name_or_path.as_deref(),
-                tag: "lora",
-                title: "LoRA adapter",
-                settings: self.config.in_words(),
-            },
-        )
+        let (config, entries) = match self.is_saved_converted() {
+            true => (self.config.converted(), self.converted()?),
+            false => (self.config.clone(), self.named().into_iter().map(|(_, entry)| entry).collect()),
+        };
+        let card = files::Card {
+            base: config.base_model_name_or_path.as_deref(),
+            tag: "lora",
+            title: "LoRA adapter",
+            settings: config.in_words(),
+        };
+        files::save(folder, &config.to_peft_text(self.fan_in_fan_out), files::MODULES, entries, &card)
     }
 
     fn merge_into(&self, model: &mut CausalLm) -> Result<()> {
         self.state.merge(|| {
             // All new weights first: should one fail, the model is as it was.
             let weights = self.merged_weights(&model.linear_layers().collect::<Vec<_>>())?;
-            let outside = self.saved.outside_layers(model);
+            let mut outside = self.saved.outside_layers(model);
+            outside.extend(self.biases.outside_layers(model));
+            let mut table = |path: &str, values: Tensor| {
+                outside.extend(model.parameter(&format!("{path}.weight")).map(|parameter| (parameter, values)));
+            };
+            if let Some(embedding) = &self.embedding {
+                table(&embedding.path, embedding.merged()?);
+            }
+            if let Some(tokens) = &self.tokens {
+                table(&tokens.path, tokens.merged()?);
+            }
             Merged::into_model(model, weights, outside)
         })
     }
@@ -357,35 +286,23 @@ impl LoraAdapter {
         self.state.unmerge(&mut layers.iter_mut().collect::<Vec<_>>())
     }
 
-    /// The weights of the layers that the adapter changes: W + scaling·B·A, summed in f32, or those trained whole.
+    /// The weights and biases of the layers that the adapter changes, summed in f32, or those trained whole.
     fn merged_weights(&self, layers: &[&Linear]) -> Result<Vec<NewWeight>> {
         let mut weights = Vec::new();
-        for layer in layers {
+        for &layer in layers {
+            let index = layer.index;
             if let Some(whole) = self.saved.merged_layer(layer)? {
                 weights.push(whole);
             } else if let Some(factors) = self.factors_of(layer) {
-                let dense = layer.weight.dense()?;
-                let new = (dense.to_kind(Kind::Float) + factors.update()).to_kind(dense.kind());
-                weights.push(NewWeight { index: layer.index, weight: Rc::new(DenseWeight::new(new)?), bias: None });
+                let (weight, bias) = factors.merged(self.site(layer))?;
+                weights.push(NewWeight { index, weight, bias });
+            } else if let Some(tokens) = self.tokens_of(layer) {
+                weights.push(NewWeight { index, weight: tokens.merged_output(layer)?, bias: None });
+            } else if let Some(bias) = self.biases.get(&layer.path) {
+                let bias = bias.detach().to_kind(layer.weight.kind()).copy();
+                weights.push(NewWeight { index, weight: layer.weight.clone(), bias: Some(bias) });
             }
         }
         Ok(weights)
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use pt_tensor::Device;
-
-    #[test]
-    fn copies_in_the_compute_kind_follow_steps_in_place() {
-        let leaf = |size: [i64; 2]| Tensor::ones(size, (Kind::Float, Device::Cpu)).set_requires_grad(true);
-        let factors =
-            Factors { path: "p".into(), a: leaf([2, 4]), b: leaf([3, 2]), scaling: 1.0, cast: RefCell::new(None) };
-        let first = factors.in_kind(Kind::BFloat16).unwrap().0;
-        assert_eq!(first.data_ptr(), factors.in_kind(Kind::BFloat16).unwrap().0.data_ptr());
-        let _ = no_grad(|| factors.a.shallow_clone().g_add_scalar_(1.0));
-        assert_eq!(factors.in_kind(Kind::BFloat16).unwrap().0.double_value(&[0, 0]), 2.0);
     }
 }

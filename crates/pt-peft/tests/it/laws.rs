@@ -4,8 +4,9 @@ use crate::{bf16, nf4, tiny};
 use pt_model::{Linear, Sites};
 use pt_peft::testing::{Subject, adapter_laws, disturb, logits, trains_over};
 use pt_peft::{
-    Adapter, AdapterSet, BitfitAdapter, BitfitConfig, BottleneckAdapter, BottleneckConfig, Ia3Adapter, Ia3Config,
-    LoraAdapter, LoraConfig, Modules, PeftError, Preset, Scaling, TrainedScaling, load_adapter,
+    Adapter, AdapterSet, BiasMode, BitfitAdapter, BitfitConfig, BottleneckAdapter, BottleneckConfig, Ia3Adapter,
+    Ia3Config, LoraAdapter, LoraConfig, LoraInit, Modules, PeftError, Preset, Scaling, TokenIndices, TrainedScaling,
+    load_adapter,
 };
 use pt_tensor::{Device, Kind, Tensor, no_grad};
 use std::rc::Rc;
@@ -19,12 +20,16 @@ pub(crate) fn two_sequences() -> Vec<Vec<i64>> {
 }
 
 fn check(model: &str, config: LoraConfig) {
+    check_from(model, config, true);
+}
+
+fn check_from(model: &str, config: LoraConfig, starts_neutral: bool) {
     let folder = tempfile::tempdir().unwrap();
     let subject = Subject {
         new: &|model| Ok(Rc::new(LoraAdapter::new(config.clone(), model, 3)?)),
         load: &load_adapter,
         tolerance: 2e-5,
-        starts_neutral: true,
+        starts_neutral,
         is_mergeable: true,
     };
     adapter_laws(&subject, &mut tiny(model), &two_sequences(), folder.path()).unwrap();
@@ -133,6 +138,143 @@ fn lora_keeps_the_laws_with_modules_to_save() {
 fn lora_keeps_the_laws_on_the_output_layer_tied_or_not() {
     check("llama_untied", LoraConfig { target_modules: names(&["q_proj", "lm_head"]), ..rank4() });
     check("llama", LoraConfig { target_modules: names(&["lm_head"]), ..rank4() });
+}
+
+#[test]
+fn dora_keeps_the_laws() {
+    let dora = LoraConfig { use_dora: true, ..rank4() };
+    check("llama", dora.clone());
+    check("qwen2", LoraConfig { use_rslora: true, ..dora.clone() });
+    check("gpt2", dora.clone());
+    check("llama_untied", LoraConfig { target_modules: names(&["embed_tokens", "lm_head"]), ..dora.clone() });
+    check("gpt2", LoraConfig { target_modules: names(&["wte", "c_fc"]), ..dora });
+}
+
+#[test]
+fn lora_keeps_the_laws_on_the_embedding_tied_or_not() {
+    check("llama_untied", LoraConfig { target_modules: names(&["embed_tokens", "lm_head"]), ..rank4() });
+    check("llama", LoraConfig { target_modules: names(&["embed_tokens", "q_proj"]), ..rank4() });
+    check("gpt2", LoraConfig { target_modules: names(&["wte"]), ..rank4() });
+}
+
+#[test]
+fn lora_keeps_the_laws_with_biases() {
+    let with = |bias| LoraConfig { bias, ..rank4() };
+    check("gpt2", LoraConfig { target_modules: names(&["c_attn"]), ..with(BiasMode::All) });
+    check("qwen2", with(BiasMode::LoraOnly));
+    let dora = LoraConfig { use_dora: true, ..with(BiasMode::LoraOnly) };
+    check("gpt2", LoraConfig { target_modules: names(&["c_attn"]), ..dora });
+    check("qwen2", LoraConfig { target_modules: names(&["q_proj", "v_proj"]), lora_bias: true, ..with(BiasMode::All) });
+    // Llama has no biases: there is nothing to add to the update.
+    check("llama", with(BiasMode::All));
+}
+
+#[test]
+fn trained_tokens_keep_the_laws_tied_or_not() {
+    let config = LoraConfig {
+        target_modules: names(&["q_proj"]),
+        trainable_token_indices: Some(TokenIndices::Ids(vec![77, 2, 5])),
+        ..rank4()
+    };
+    check("llama", config.clone());
+    check("llama_untied", config.clone());
+    check("gpt2", LoraConfig { target_modules: names(&["c_attn"]), ..config });
+}
+
+#[test]
+fn starts_keep_the_laws() {
+    for name in ["gaussian", "orthogonal", "pissa", "pissa_niter_4", "olora"] {
+        let start = |config| LoraConfig { init_lora_weights: LoraInit::Named(name.into()), ..config };
+        check("llama", start(LoraConfig { target_modules: names(&["q_proj", "down_proj"]), ..rank4() }));
+        if name == "pissa" {
+            check("llama_untied", start(LoraConfig { target_modules: names(&["embed_tokens", "lm_head"]), ..rank4() }));
+            check("gpt2", start(LoraConfig { target_modules: names(&["c_attn"]), ..rank4() }));
+        }
+    }
+    check_from("llama", LoraConfig { init_lora_weights: LoraInit::Default(false), ..rank4() }, false);
+}
+
+#[test]
+fn tokens_that_are_trained_otherwise_or_do_not_exist_are_refused() {
+    let new = |model: &str, targets: &[&str], ids: TokenIndices| {
+        let config = LoraConfig { target_modules: names(targets), trainable_token_indices: Some(ids), ..rank4() };
+        LoraAdapter::new(config, &tiny(model), 1).unwrap_err().to_string()
+    };
+    let one = || TokenIndices::Ids(vec![1]);
+    let text = new("llama", &["embed_tokens"], one());
+    assert!(text.contains("while `model.embed_tokens` is trained otherwise"), "{text}");
+    let text = new("llama", &["lm_head"], one());
+    assert!(text.contains("while `lm_head`, which is tied, is trained otherwise"), "{text}");
+    let text = new("llama", &["q_proj"], TokenIndices::Ids(vec![128]));
+    assert!(text.contains("has 128, expected ids below 128"), "{text}");
+    let text = new("llama_untied", &["q_proj"], TokenIndices::ByModule([("lm_head".to_string(), vec![1])].into()));
+    assert_eq!(text, "`trainable_token_indices`: nothing matches `lm_head` in this model");
+}
+
+#[test]
+fn a_rank_that_a_weight_does_not_have_is_refused_where_its_parts_are_taken() {
+    let init_lora_weights = LoraInit::Named("pissa".into());
+    let config = LoraConfig { rank: 33, target_modules: names(&["q_proj"]), init_lora_weights, ..rank4() };
+    let text = LoraAdapter::new(config, &tiny("llama"), 1).unwrap_err().to_string();
+    assert!(text.contains("`rank` is 33, expected at most 32 at `model.layers.0.self_attn.q_proj`"), "{text}");
+}
+
+#[test]
+fn lora_plus_trains_b_and_vectors_faster() {
+    let model = tiny("qwen2");
+    let config = LoraConfig {
+        target_modules: names(&["q_proj", "embed_tokens"]),
+        use_dora: true,
+        bias: BiasMode::LoraOnly,
+        loraplus_lr_ratio: Some(16.0),
+        ..rank4()
+    };
+    let adapter = LoraAdapter::new(config, &model, 1).unwrap();
+    for (name, tensor) in adapter.parameters() {
+        let is_fast = name.contains("lora_B") || tensor.dim() == 1;
+        assert_eq!(adapter.lr_factor(&name), if is_fast { 16.0 } else { 1.0 }, "{name}");
+    }
+    let slow = LoraAdapter::new(rank4(), &model, 1).unwrap();
+    assert!(slow.parameters().iter().all(|(name, _)| slow.lr_factor(name) == 1.0));
+}
+
+#[test]
+fn variants_on_one_layer_act_through_a_set_as_alone() {
+    for config in [
+        LoraConfig { use_dora: true, bias: BiasMode::All, ..rank4() },
+        LoraConfig { init_lora_weights: LoraInit::Named("olora".into()), ..rank4() },
+        LoraConfig { trainable_token_indices: Some(TokenIndices::Ids(vec![2])), lora_bias: true, ..rank4() },
+    ] {
+        let model = tiny("qwen2");
+        let adapter = Rc::new(LoraAdapter::new(config, &model, 1).unwrap());
+        disturb(adapter.as_ref(), 0.05);
+        let first = LoraConfig { target_modules: names(&["q_proj", "down_proj"]), ..rank4() };
+        let set = AdapterSet::new();
+        // New, it is the bare model: the second one goes around nothing but the layer.
+        set.insert("new", Rc::new(LoraAdapter::new(first, &model, 2).unwrap())).unwrap();
+        set.insert("variant", adapter.clone()).unwrap();
+        set.set_active(&["new", "variant"]).unwrap();
+        let [alone, set]: [Rc<dyn Sites>; 2] = [adapter, Rc::new(set)];
+        let [alone, set] = [alone, set].map(|sites| logits(&model, &sites, &two_sequences()).unwrap());
+        let off = (alone - set).abs().max().double_value(&[]);
+        assert!(off < 2e-5, "off by {off:e}");
+    }
+}
+
+#[test]
+fn dora_with_dropout_is_the_layer_where_nothing_is_dropped_or_scaled() {
+    let model = tiny("gpt2");
+    let config = LoraConfig { target_modules: names(&["c_fc"]), use_dora: true, lora_dropout: 0.5, ..rank4() };
+    let adapter = LoraAdapter::new(config, &model, 1).unwrap();
+    let layer = model.linear_layers().find(|layer| layer.path.ends_with("c_fc")).unwrap();
+    let x = (Tensor::arange(3 * layer.weight.size().1, (Kind::Float, Device::Cpu)) * 0.7).sin().view([3, -1]);
+    let _lock = GENERATOR.lock().unwrap();
+    adapter.set_training(true);
+    // New, m is the norm: what is dropped and what is kept go through one weight, and add up to the layer.
+    let off = |a: Tensor, b: Tensor| (a - b).abs().max().double_value(&[]);
+    assert!(off(adapter.linear(layer, &x).unwrap(), layer.forward(&x).unwrap()) < 1e-4);
+    disturb(&adapter, 0.1);
+    assert!(off(adapter.linear(layer, &x).unwrap(), adapter.linear(layer, &x).unwrap()) > 1e-3, "two draws");
 }
 
 #[test]

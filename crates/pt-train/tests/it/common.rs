@@ -112,6 +112,7 @@ impl Setup {
             model: &self.model,
             sites: self.sites.clone(),
             parameters: self.parameters.iter().map(|(name, value)| (name.clone(), value.shallow_clone())).collect(),
+            lr_factor: Box::new(|name: &str| self.adapter.as_ref().map_or(1.0, |adapter| adapter.lr_factor(name))),
             save: Box::new(save),
         };
         let stop = AtomicBool::new(false);
