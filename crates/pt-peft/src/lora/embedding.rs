@@ -78,7 +78,7 @@ impl EmbeddingFactors {
     pub(super) fn merged(&self) -> Result<Tensor> {
         let mut new = self.table.to_kind(Kind::Float) + self.b.f_mm(&self.a)?.tr() * self.scaling;
         if let Some(scale) = self.scale()? {
-            new = new * scale;
+            new *= scale;
         }
         Ok(new.to_kind(self.table.kind()))
     }

@@ -120,7 +120,7 @@ impl Factors {
             let (inner, outer) = if site.trained_bias.is_some() { (None, bias) } else { (bias, None) };
             let mut output = lora_linear_cast((&base, inner), hidden_states, a, b, self.scaling, site.dropout)?;
             for vector in outer.map(Tensor::shallow_clone).into_iter().chain(self.added()) {
-                output = output + vector.to_kind(kind);
+                output += vector.to_kind(kind);
             }
             return Ok(output);
         };
@@ -129,7 +129,7 @@ impl Factors {
         let mut output = lora_linear_cast((&base, None), &dropped, a, b, self.scaling, 0.0)? * scale;
         if site.dropout > 0.0 {
             // What was dropped still goes through the weight as it is: y = x·Wᵀ + (m/‖..‖ − 1) x'·Wᵀ + m/‖..‖ s·x'·Aᵀ·Bᵀ.
-            output = output + base.project(&(hidden_states - dropped), None)?;
+            output += base.project(&(hidden_states - dropped), None)?;
         }
         Ok(match bias {
             Some(bias) => output + bias.to_kind(kind),
@@ -160,13 +160,13 @@ impl Factors {
             }
         };
         if let Some(Factored { a, b }) = &self.part {
-            output = output - lora_delta(hidden_states, a, b, self.scaling, 0.0)?;
+            output -= lora_delta(hidden_states, a, b, self.scaling, 0.0)?;
         }
         if let Some(vector) = self.added() {
-            output = output + vector.to_kind(kind);
+            output += vector.to_kind(kind);
         }
         if let Some(bias) = site.trained_bias {
-            output = output + bias_change(bias, site.layer).to_kind(kind);
+            output += bias_change(bias, site.layer).to_kind(kind);
         }
         Ok(output)
     }
@@ -208,10 +208,10 @@ impl Factors {
         let dense = site.layer.weight.dense()?;
         let mut new = dense.to_kind(Kind::Float) + self.b.f_mm(&self.a)? * self.scaling;
         if let Some(Factored { a, b }) = &self.part {
-            new = new - b.f_mm(a)? * self.scaling;
+            new -= b.f_mm(a)? * self.scaling;
         }
         if let Some(magnitude) = &self.magnitude {
-            new = new * self.scale(magnitude, site.layer)?.unsqueeze(1);
+            new *= self.scale(magnitude, site.layer)?.unsqueeze(1);
         }
         let bias = site.trained_bias.or(site.layer.bias.as_ref());
         let new_bias = match (self.added(), bias) {
