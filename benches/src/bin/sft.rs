@@ -95,7 +95,7 @@ fn once(dtype: &str, steps: usize) -> Result<()> {
     let to_training = before_main + started.elapsed().as_secs_f64();
     let adapter = Rc::new(LoraAdapter::new(LoraConfig::default(), &model, 0)?);
     let parameters: Vec<Tensor> = adapter.parameters().into_iter().map(|(_, tensor)| tensor).collect();
-    let mut optimizer = AdamW::new(adapter.parameters(), Default::default());
+    let mut optimizer = AdamW::new(adapter.parameters(), Default::default())?;
     let sites: Rc<dyn Sites> = adapter;
     let rows = rows(BATCH * (steps + 1));
     let (mut first, mut seconds, mut tokens, mut labels) = (0.0, 0.0, 0, 0);

@@ -215,7 +215,7 @@ fn training_laws(
 
     run(&repeated, false)?;
     let before: Vec<Tensor> = adapter.parameters().iter().map(|(_, tensor)| tensor.detach().copy()).collect();
-    AdamW::new(adapter.parameters(), AdamWConfig::default()).step(1e-3)?;
+    AdamW::new(adapter.parameters(), AdamWConfig::default())?.step(1e-3)?;
     for ((name, after), before) in adapter.parameters().iter().zip(&before) {
         assert!(!after.equal(before), "a step moves `{name}`");
     }

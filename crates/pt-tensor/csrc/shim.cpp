@@ -9,6 +9,7 @@
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/torch.h>
 
+#include <cmath>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
@@ -125,6 +126,52 @@ char* pt_fused_adamw(at::Tensor** parameters, at::Tensor** grads, at::Tensor** f
                       beta2, weight_decay, eps, false, false);
     // The kernel does not count as a write by itself, but copies in other formats are made anew by this count.
     for (const at::Tensor& value : values) value.unsafeGetTensorImpl()->bump_version();
+    return nullptr;
+  } catch (const std::exception& error) {
+    return copy_message(error);
+  }
+}
+
+// One AdamW update of `parameter` in place, as bitsandbytes' AdamW8bit does it between decoding the moments and encoding
+// them again: its operations in its order (bitsandbytes 0.50.2, backends/cpu/ops.py). The moments are f32.
+char* pt_adamw_8bit(at::Tensor* parameter, at::Tensor* grad, at::Tensor* first, at::Tensor* second, double step,
+                    double lr, double beta1, double beta2, double weight_decay, double eps) {
+  try {
+    at::NoGradGuard no_grad;
+    at::Tensor wide_grad = grad->to(at::kFloat), wide = parameter->to(at::kFloat);
+    first->mul_(beta1).add_(wide_grad, 1.0 - beta1);
+    second->mul_(beta2).addcmul_(wide_grad, wide_grad, 1.0 - beta2);
+    double correction1 = 1.0 - std::pow(beta1, step), correction2 = std::sqrt(1.0 - std::pow(beta2, step));
+    at::Tensor denominator = second->sqrt().div_(correction2).add_(eps);
+    if (weight_decay > 0) wide.mul_(1.0 - lr * weight_decay);
+    wide.addcdiv_(*first, denominator, -lr / correction1);
+    if (!wide.is_same(*parameter)) parameter->copy_(wide);
+    return nullptr;
+  } catch (const std::exception& error) {
+    return copy_message(error);
+  }
+}
+
+// A tensor over memory of someone else's: u8 where `is_bytes`, else f32. Takes `owner` over, whatever happens, and drops
+// it when nothing holds the tensor any more.
+char* pt_tensor_over(void* data, const int64_t* size, size_t num_axes, int is_bytes, void* owner, DropFn drop,
+                     at::Tensor** out) {
+  try {
+    std::shared_ptr<void> held(owner, drop);
+    auto release = [held](void*) mutable { held.reset(); };
+    auto options = at::TensorOptions().dtype(is_bytes ? at::kByte : at::kFloat);
+    *out = new at::Tensor(at::from_blob(data, at::IntArrayRef(size, num_axes), release, options));
+    return nullptr;
+  } catch (const std::exception& error) {
+    return copy_message(error);
+  }
+}
+
+// Copies without waiting for a device that can do so; a copy to pinned memory has arrived once the device is done.
+char* pt_copy_async(at::Tensor* target, at::Tensor* source) {
+  try {
+    at::NoGradGuard no_grad;
+    target->copy_(*source, true);
     return nullptr;
   } catch (const std::exception& error) {
     return copy_message(error);

@@ -35,6 +35,14 @@ pub enum TensorError {
         /// What it may be.
         expected: String,
     },
+    /// There is no memory for a part of what is to be done.
+    #[error("out of memory: no {bytes} bytes for {what}")]
+    OutOfMemory {
+        /// The part.
+        what: String,
+        /// What it takes.
+        bytes: usize,
+    },
     /// A file could not be read.
     #[error("cannot read {path}")]
     Read {
@@ -86,6 +94,11 @@ impl TensorError {
             Self::Torch(e) if e.to_string().contains("out of memory") || e.to_string().contains("can't allocate") => {
                 Some("out of memory: use smaller micro-batches (max_tokens_per_microbatch), activation checkpointing or bf16".into())
             }
+            Self::OutOfMemory { what, .. } if what.starts_with("the optimizer state") => Some(
+                "adamw.variant=adamw_8bit takes a quarter of it, adamw.variant=paged_adamw keeps it in a file that the \
+                 system pages in and out"
+                    .into(),
+            ),
             Self::Format { .. } => Some("the file may be cut off or damaged: fetch it or save it again".into()),
             Self::Write { source, .. } if source.kind() == std::io::ErrorKind::StorageFull => {
                 Some("the disk is full: free some space; the last complete file is untouched".into())

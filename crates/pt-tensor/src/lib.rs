@@ -40,7 +40,7 @@ pub use error::{Result, TensorError};
 pub use fused::{apply_rotary, rms_norm, swiglu};
 pub use label_logprobs::{LabelLogprobs, LabelOutput, label_logprobs};
 pub use linear::linear;
-pub use optim::{AdamW, AdamWConfig, clip_grad_norm_, global_grad_norm};
+pub use optim::{AdamW, AdamWConfig, AdamWVariant, clip_grad_norm_, global_grad_norm};
 pub use pool::TorchPool;
 pub use pt_quant::delta::{BitDelta, BitDeltaRef, ScaleAxis};
 pub use tch::{Device, IndexOp, Kind, TchError, Tensor, no_grad, set_num_threads};

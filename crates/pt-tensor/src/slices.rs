@@ -63,4 +63,5 @@ macro_rules! slices {
 }
 
 slices!(f32s, f32s_mut, f32, Kind::Float);
+slices!(u8s, u8s_mut, u8, Kind::Uint8);
 slices!(bf16s, bf16s_mut, Bf16, Kind::BFloat16);

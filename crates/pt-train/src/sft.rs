@@ -180,7 +180,7 @@ impl SftConfig {
         if let (Some(patience), 0) = (self.early_stopping, self.eval_every) {
             faults.push(format!("early_stopping is {patience} and eval_every is 0, expected at least 1"));
         }
-        let AdamWConfig { beta1, beta2, eps, weight_decay } = self.adamw;
+        let AdamWConfig { variant: _, beta1, beta2, eps, weight_decay } = self.adamw;
         for (name, beta) in [("beta1", beta1), ("beta2", beta2)] {
             if !(0.0..1.0).contains(&beta) {
                 faults.push(format!("adamw.{name} is {beta}, expected from 0 to under 1"));
@@ -454,10 +454,11 @@ pub fn train(
     let mut optimization = Optimization::new(
         trained.parameters.iter().map(|(n, t)| (n.clone(), t.shallow_clone())).collect(),
         config.adamw,
+        run.root(),
         schedule,
         config.learning_rate,
         config.max_grad_norm,
-    )
+    )?
     .with_lr_factors(&trained.lr_factor);
     pt_tensor::random::seed(config.seed);
 

@@ -7,6 +7,7 @@ use crate::error::{Result, TrainError};
 use crate::schedule::Schedule;
 use pt_tensor::{AdamW, AdamWConfig, Kind, Tensor, clip_grad_norm_, global_grad_norm};
 use std::collections::BTreeSet;
+use std::path::Path;
 
 /// Trained tensors, their optimizer and the learning-rate schedule.
 #[derive(Debug)]
@@ -27,15 +28,20 @@ pub struct Update {
 }
 
 impl Optimization {
-    /// Optimizes named leaf tensors; `learning_rate` is the highest of the schedule.
+    /// Optimizes named leaf tensors; `learning_rate` is the highest of the schedule. A paged optimizer keeps its file in `folder`.
+    ///
+    /// # Errors
+    /// When there is no memory or no room on the disk for the optimizer's state.
     pub fn new(
         parameters: Vec<(String, Tensor)>,
         adamw: AdamWConfig,
+        folder: &Path,
         schedule: Schedule,
         learning_rate: f64,
         max_grad_norm: Option<f64>,
-    ) -> Self {
-        Self { optimizer: AdamW::new(parameters, adamw), schedule, learning_rate, max_grad_norm }
+    ) -> Result<Self> {
+        let optimizer = AdamW::new_in(folder, parameters, adamw)?;
+        Ok(Self { optimizer, schedule, learning_rate, max_grad_norm })
     }
 
     /// Gives tensors learning rates of their own: `factor` says, by name, how many times the schedule's.
@@ -147,7 +153,8 @@ mod tests {
     fn optimization(names: &[&str]) -> Optimization {
         let leaf = |name: &&str| (name.to_string(), Tensor::from_slice(&[1f32, 2.0]).view([1, 2]));
         let schedule = ScheduleConfig::default().build(10).expect("good");
-        Optimization::new(names.iter().map(leaf).collect(), AdamWConfig::default(), schedule, 1e-3, None)
+        let (leaves, folder) = (names.iter().map(leaf).collect(), std::env::temp_dir());
+        Optimization::new(leaves, AdamWConfig::default(), &folder, schedule, 1e-3, None).expect("memory for it")
     }
 
     #[test]

@@ -35,7 +35,8 @@ fn step(adapter: &Rc<LoraAdapter>, model: &CausalLm, sequences: &[Vec<i64>]) {
     let batch = PackedBatch::new(&groups, Device::Cpu).unwrap();
     let out = model.label_logprobs(&batch, &sites, Default::default(), &Default::default()).unwrap();
     (-out.logprobs.mean(Kind::Float)).backward();
-    AdamW::new(adapter.parameters(), AdamWConfig { eps: 1e-5, ..Default::default() }).step(1e-3).unwrap();
+    let config = AdamWConfig { eps: 1e-5, ..Default::default() };
+    AdamW::new(adapter.parameters(), config).unwrap().step(1e-3).unwrap();
 }
 
 fn reader(folder: &Path, file: &str) -> SafetensorsReader {

@@ -54,7 +54,7 @@ fn step(model: &CausalLm, adapter: &Rc<dyn Adapter>, sequences: &[Vec<i64>]) -> 
     let loss = -out.logprobs.sum(Kind::Float);
     loss.backward();
     let config = AdamWConfig { weight_decay: 0.0, ..Default::default() };
-    AdamW::new(adapter.parameters(), config).step(1e-2).unwrap();
+    AdamW::new(adapter.parameters(), config).unwrap().step(1e-2).unwrap();
     loss.double_value(&[])
 }
 

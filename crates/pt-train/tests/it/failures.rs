@@ -63,7 +63,7 @@ fn gradients_whose_norm_is_not_finite_update_nothing() {
 
 #[test]
 fn settings_of_the_optimizer_that_break_it_are_refused_by_name() {
-    let adamw = AdamWConfig { beta1: 1.0, beta2: f64::NAN, eps: 0.0, weight_decay: -0.1 };
+    let adamw = AdamWConfig { beta1: 1.0, beta2: f64::NAN, eps: 0.0, weight_decay: -0.1, ..Default::default() };
     let batch = BatchConfig { batch_size: usize::MAX, accumulation: 2, ..Default::default() };
     let error = SftConfig { adamw, batch, ..config() }.validate().unwrap_err().to_string();
     for fault in [

@@ -1,5 +1,7 @@
 use crate::common::{Setup, config, lora_config, new_run, rows, take_turns};
 use pt_peft::LoraAdapter;
+use pt_tensor::{AdamWConfig, AdamWVariant};
+use pt_train::TrainError;
 use pt_train::data::BatchConfig;
 use pt_train::run_dir::RunDir;
 use pt_train::sft::{Ending, SftConfig};
@@ -42,6 +44,11 @@ fn bytes(path: &Path) -> Vec<u8> {
 
 /// Stops after each of `stops`, each time with everything built anew, and compares with the run that went through.
 fn check(is_lora: bool, config: &SftConfig, stops: &[u64]) {
+    check_through(is_lora, config, config, stops);
+}
+
+/// As [`check`], with other settings before the last stop than after it and in the run that went through.
+fn check_through(is_lora: bool, before: &SftConfig, config: &SftConfig, stops: &[u64]) {
     // Rows enough for a third of an epoch: the order of the second epoch must continue as well.
     let (train, held_out): (Vec<_>, Vec<_>) = (rows()[..25].to_vec(), rows()[40..50].to_vec());
     let (_straight_folder, straight_run) = new_run();
@@ -51,7 +58,7 @@ fn check(is_lora: bool, config: &SftConfig, stops: &[u64]) {
     let (_folder, run) = new_run();
     for &stop in stops {
         let part = setup(is_lora);
-        let outcome = part.train(train.clone(), &held_out, config, &run, Some(stop)).0.unwrap();
+        let outcome = part.train(train.clone(), &held_out, before, &run, Some(stop)).0.unwrap();
         assert_eq!((outcome.ending, outcome.steps), (Ending::Interrupted, stop));
         assert_eq!(run.latest().unwrap().unwrap().0, stop);
     }
@@ -83,6 +90,29 @@ fn a_stopped_and_resumed_full_run_equals_an_unbroken_one_bit_for_bit() {
     let _turn = take_turns();
     check(false, &settings(), &[5]);
     check(false, &settings(), &[3, 6]);
+}
+
+#[test]
+fn runs_with_8_bit_and_paged_states_resume_bit_for_bit_and_as_one_another() {
+    let _turn = take_turns();
+    use AdamWVariant::{Adamw, Adamw8bit, PagedAdamw, PagedAdamw8bit};
+    let of = |variant| SftConfig { adamw: AdamWConfig { variant, ..settings().adamw }, ..settings() };
+    for (plain, paged) in [(Adamw, PagedAdamw), (Adamw8bit, PagedAdamw8bit)] {
+        check(false, &of(paged), &[5]);
+        check_through(false, &of(plain), &of(paged), &[5]);
+        check_through(false, &of(paged), &of(plain), &[3, 6]);
+    }
+    check(false, &of(Adamw8bit), &[4]);
+    // In other bits it is another state.
+    let (_folder, run) = new_run();
+    setup(false).train(rows(), &[], &of(Adamw), &run, Some(2)).0.unwrap();
+    let error = setup(false).train(rows(), &[], &of(Adamw8bit), &run, None).0.unwrap_err();
+    assert!(matches!(error, TrainError::StateMismatch { .. }), "{error}");
+    assert!(error.to_string().contains("exp_avg.codes"), "{error}");
+    // Nothing is left behind in the run's folder.
+    let names: Vec<String> =
+        std::fs::read_dir(run.root()).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+    assert!(names.iter().all(|name| !name.starts_with(".tmp")), "{names:?}");
 }
 
 #[test]
