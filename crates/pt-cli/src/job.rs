@@ -2,6 +2,7 @@
 
 use crate::answers::{Question, answers, questions};
 use crate::interrupts;
+use crate::memory::Memory;
 use crate::open::no_tokenizer;
 use crate::run_command::RunCommand;
 use crate::talk;
@@ -157,6 +158,14 @@ impl Job {
             eprintln!("{note}");
         }
         let model = &*model;
+        let memory = Memory {
+            weights: model.memory(),
+            trained: parameters.iter().map(|(_, parameter)| parameter.shallow_clone()).collect(),
+            is_adapter: adapter.is_some(),
+            variant: self.config.adamw.variant,
+            device: self.device,
+        };
+        eprintln!("{}", memory.to_text());
         let encoder = ModelEncoder::new(pretrained).ok_or_else(|| no_tokenizer(pretrained))?;
         let (eval_groups, eval_rows) = match &checked.eval {
             Some(eval) => {

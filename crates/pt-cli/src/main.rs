@@ -6,6 +6,7 @@ mod checkpoints;
 mod commands;
 mod interrupts;
 mod job;
+mod memory;
 mod open;
 mod run_command;
 mod talk;

@@ -48,6 +48,35 @@ enum WeightFormat {
     Nf4Int8,
 }
 
+/// How the base of an adapter holds its linear layers: for commands that train it or merge into it, where products are to be exact.
+#[derive(clap::ValueEnum, Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum BaseFormat {
+    /// As the checkpoint has them
+    AsStored,
+    /// QLoRA: in 4 bits (NF4, blocks of 64 with double quantization) but for the output layer, quantized tensor by tensor on load
+    Nf4,
+}
+
+impl BaseFormat {
+    pub(crate) fn format(self) -> LinearFormat {
+        match self {
+            Self::AsStored => LinearFormat::AsStored,
+            Self::Nf4 => LinearFormat::Nf4 {
+                options: Nf4Options { double_quant: true, ..Default::default() },
+                arithmetic: Nf4Arithmetic::Exact,
+                with_output: false,
+            },
+        }
+    }
+
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::AsStored => "as-stored",
+            Self::Nf4 => "nf4",
+        }
+    }
+}
+
 /// For commands that only read a model.
 #[derive(Args, Debug, Clone)]
 pub(crate) struct WeightArgs {

@@ -21,6 +21,8 @@ pub(crate) struct RunCommand {
     pub(crate) device: String,
     /// As it was resolved, never `auto`: a run keeps its number format on another machine.
     pub(crate) dtype: String,
+    /// How the base's linear layers are held; empty, in a run of an earlier version, is `as-stored`.
+    pub(crate) weights: String,
     pub(crate) samples: Option<usize>,
 }
 

@@ -190,6 +190,17 @@ pub enum LinearFormat {
     },
 }
 
+/// What a model's weights take in memory.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct WeightMemory {
+    /// Weights that are held otherwise than as dense tensors: those of linear layers in 4 bits.
+    pub num_quantized: usize,
+    /// Bytes of their codes and scales.
+    pub quantized_bytes: usize,
+    /// Bytes of everything else.
+    pub dense_bytes: usize,
+}
+
 /// How a forward pass over a packed batch is run.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct RunOptions {
@@ -358,6 +369,48 @@ impl CausalLm {
         let weight = &self.lm_head.weight;
         let is_embedding = weight.parameter().is_some_and(|w| w.data_ptr() == self.embedding.data_ptr());
         self.config.tie_word_embeddings && (is_embedding || weight.as_nf4().is_some())
+    }
+
+    /// What the weights take in memory, by part.
+    pub fn memory(&self) -> WeightMemory {
+        let bytes = |tensor: &Tensor| tensor.numel() * tensor.kind().elt_size_in_bytes();
+        let dense_bytes = self.plain_parameters().iter().map(|(_, tensor)| bytes(tensor)).sum();
+        let mut memory = WeightMemory { dense_bytes, ..Default::default() };
+        for linear in self.linear_layers() {
+            memory.dense_bytes += linear.bias.as_ref().map_or(0, bytes);
+            match linear.weight.parameter() {
+                // A tied output layer is the embedding, which is counted.
+                Some(dense) if dense.data_ptr() == self.embedding.data_ptr() => {}
+                Some(_) => memory.dense_bytes += linear.weight.num_bytes(),
+                None => {
+                    let (out_features, in_features) = linear.weight.size();
+                    memory.num_quantized += (out_features * in_features) as usize;
+                    memory.quantized_bytes += linear.weight.num_bytes();
+                }
+            }
+        }
+        memory
+    }
+
+    /// Every parameter by its Hugging Face name, in the file's layout, with weights that are held in 4 bits as the tensors that bitsandbytes
+    /// saves: what [`quantized_config`](crate::quantized_config) describes.
+    ///
+    /// # Errors
+    /// When a weight cannot be saved.
+    pub fn named_parameters_in_4_bits(&self) -> Result<Vec<(String, Tensor)>> {
+        let mut all = self.plain_parameters();
+        for linear in self.own_linears() {
+            let name = format!("{}.weight", linear.path);
+            match linear.weight.as_nf4() {
+                Some(nf4) => all.extend(nf4.tensors(&name)?),
+                None => {
+                    let dense = linear.weight.dense()?;
+                    all.push((name, if linear.is_transposed_in_file { dense.tr() } else { dense }));
+                }
+            }
+            all.extend(linear.bias.iter().map(|bias| (format!("{}.bias", linear.path), bias.shallow_clone())));
+        }
+        Ok(all)
     }
 
     /// Every parameter by its Hugging Face name, in the file's layout. A tied output layer is left out; one that a

@@ -24,6 +24,17 @@ pub trait TensorSource: Debug + Send + Sync {
     /// Shape of a tensor, or `None` when it is not there.
     fn shape(&self, name: &str) -> Option<Vec<i64>>;
 
+    /// Bytes that a tensor takes once it is loaded to compute in `kind`, or `None` when it is not there. Nothing is decoded.
+    fn num_bytes(&self, name: &str, kind: Kind) -> Option<usize> {
+        let shape = self.shape(name)?;
+        Some(shape.iter().product::<i64>() as usize * kind.elt_size_in_bytes())
+    }
+
+    /// Whether a tensor is stored in 4 bits.
+    fn is_nf4(&self, _name: &str) -> bool {
+        false
+    }
+
     /// A tensor, converted to `kind`, on `device`.
     ///
     /// # Errors
@@ -188,10 +199,26 @@ impl TensorSource for FolderTensors {
     fn shape(&self, name: &str) -> Option<Vec<i64>> {
         let stored = self.stored.get(name)?;
         if self.block4.contains(stored) {
-            let (rows, columns) = self.nf4(name, Kind::Float, Device::Cpu).ok()??.size();
-            return Some(if self.is_transposed { vec![columns, rows] } else { vec![rows, columns] });
+            let state = self.reader.block4_state(stored).ok()??;
+            let mut shape: Vec<i64> = state.shape.iter().map(|&n| n as i64).collect();
+            if self.is_transposed {
+                shape.reverse();
+            }
+            return Some(shape);
         }
         self.reader.shape(stored).map(<[i64]>::to_vec)
+    }
+
+    fn num_bytes(&self, name: &str, kind: Kind) -> Option<usize> {
+        if self.is_nf4(name) {
+            let state = self.reader.block4_state(self.stored.get(name)?).ok()??;
+            return Some(Nf4Weight::num_bytes_of(&state));
+        }
+        Some(self.shape(name)?.iter().product::<i64>() as usize * kind.elt_size_in_bytes())
+    }
+
+    fn is_nf4(&self, name: &str) -> bool {
+        self.stored.get(name).is_some_and(|stored| self.block4.contains(stored))
     }
 
     fn tensor(&self, name: &str, kind: Kind, device: Device) -> Result<Tensor> {

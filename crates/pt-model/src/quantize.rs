@@ -40,7 +40,12 @@ pub fn quantize_checkpoint(
             tensors.push((name.clone(), tensor));
         }
     }
-    let mut config = pretrained.config.raw.clone();
+    Ok((tensors, quantized_config(&pretrained.config.raw, kind, options.double_quant)))
+}
+
+/// A checkpoint's `config.json` with a note that its linear layers are in NF4 and everything else in `kind`.
+pub fn quantized_config(raw: &Map<String, Value>, kind: Kind, has_double_quant: bool) -> Map<String, Value> {
+    let mut config = raw.clone();
     let dtype = match kind {
         Kind::BFloat16 => "bfloat16",
         Kind::Half => "float16",
@@ -55,7 +60,7 @@ pub fn quantize_checkpoint(
             "load_in_4bit": true,
             "load_in_8bit": false,
             "bnb_4bit_quant_type": "nf4",
-            "bnb_4bit_use_double_quant": options.double_quant,
+            "bnb_4bit_use_double_quant": has_double_quant,
             "bnb_4bit_compute_dtype": dtype,
             "bnb_4bit_quant_storage": "uint8",
             "llm_int8_skip_modules": ["lm_head"],
@@ -64,7 +69,7 @@ pub fn quantize_checkpoint(
             "llm_int8_has_fp16_weight": false,
         }),
     );
-    Ok((tensors, config))
+    config
 }
 
 /// Whether a tensor is the weight of a linear layer other than the output layer: the matrices that are no embedding.

@@ -27,6 +27,7 @@
 //! | `saved` | modules that are trained whole beside an adapter |
 //! | `base` | what an adapter goes on: a model of ours, or layers of yours |
 //! | `files` | adapter folders |
+//! | `drift` | how far a merged model predicts from what was merged |
 //! | [`testing`] | the laws that every method has to keep |
 #![forbid(unsafe_code)]
 
@@ -35,6 +36,7 @@ mod base;
 mod bitfit;
 mod bottleneck;
 mod config;
+mod drift;
 mod error;
 mod files;
 mod ia3;
@@ -53,6 +55,7 @@ pub use bottleneck::{
     BottleneckAdapter, BottleneckConfig, InitWeights, NonLinearity, Preset, ReductionFactor, Scaling, TrainedScaling,
 };
 pub use config::Modules;
+pub use drift::{Drift, Predictions};
 pub use error::{PeftError, Result};
 pub use files::{CONFIG_FILE, TENSOR_FILE};
 pub use ia3::{Ia3Adapter, Ia3Config};

@@ -6,6 +6,7 @@
 use crate::{Result, TensorError};
 use memmap2::Mmap;
 use pt_quant::formats::bitsandbytes;
+pub use pt_quant::formats::bitsandbytes::QuantState;
 use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors, View};
 use std::collections::BTreeMap;
@@ -154,6 +155,18 @@ impl SafetensorsReader {
     pub fn block4_names(&self) -> impl Iterator<Item = &str> {
         self.names()
             .filter_map(|name| BLOCK4_STATES.iter().find_map(|state| name.strip_suffix(state)?.strip_suffix('.')))
+    }
+
+    /// Shape and form of the 4-bit tensor `name` from its description alone, `None` when it is not stored so.
+    ///
+    /// # Errors
+    /// [`TensorError::Format`] when the description is not right.
+    pub fn block4_state(&self, name: &str) -> Result<Option<QuantState>> {
+        let find = |state: &str| self.entries.get_key_value(&format!("{name}.{state}"));
+        let Some((key, entry)) = BLOCK4_STATES.iter().find_map(|state| find(state)) else { return Ok(None) };
+        let shard = &self.shards[entry.shard];
+        let format = |e: pt_quant::QuantError| TensorError::Format { path: shard.path.clone(), reason: e.to_string() };
+        QuantState::parse(key, &shard.map[entry.start..entry.end]).map(Some).map_err(format)
     }
 
     /// The 4-bit tensor `name`, `None` when it is not stored so. Its parts may be spread over shards.

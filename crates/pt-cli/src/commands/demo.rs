@@ -3,6 +3,7 @@
 use crate::answers::answers;
 use crate::interrupts;
 use crate::job::Job;
+use crate::open::BaseFormat;
 use crate::run_command::{RunCommand, absolute, dtype_name};
 use crate::talk::say;
 use anyhow::{Context, Result};
@@ -230,6 +231,7 @@ fn sft(args: SftArgs) -> Result<ExitCode> {
         eval_data: vec![own_file(HELD_OUT)?],
         device: args.device.clone(),
         dtype: dtype_name(kind).into(),
+        weights: BaseFormat::AsStored.name().into(),
         samples: Some(0),
     };
     let job = Job {

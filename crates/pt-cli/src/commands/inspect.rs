@@ -5,8 +5,9 @@ use crate::open::{DataArgs, ModelArgs, no_tokenizer};
 use crate::run_command::RunCommand;
 use crate::talk::{Usage, say};
 use anyhow::Result;
-use pt_model::Pretrained;
+use pt_model::{Pretrained, WeightMemory};
 use pt_peft::{CONFIG_FILE, MethodConfig};
+use pt_tensor::Kind;
 use pt_tensor::io::SafetensorsReader;
 use pt_train::TrainError;
 use pt_train::config::flatten;
@@ -188,12 +189,42 @@ fn model(args: &Args) -> Result<ExitCode> {
             .collect();
         say(format_args!("  ends a turn: {}", ends.join(", ")))?;
     }
-    say(format_args!(
-        "  memory for the weights: {:.0} MB in f32, {:.0} MB in bf16",
-        parameters as f64 * 4e-6,
-        parameters as f64 * 2e-6
-    ))?;
+    let memory = [Kind::Float, Kind::BFloat16].map(|kind| loaded_memory(&pretrained, kind));
+    for line in memory_lines(&memory) {
+        say(line)?;
+    }
     Ok(ExitCode::SUCCESS)
+}
+
+/// What the weights take once they are loaded in `kind`; nothing is decoded to find out.
+fn loaded_memory(pretrained: &Pretrained, kind: Kind) -> WeightMemory {
+    let source = pretrained.tensors.as_ref();
+    let mut memory = WeightMemory::default();
+    for name in source.names() {
+        let bytes = source.num_bytes(&name, kind).unwrap_or(0);
+        if source.is_nf4(&name) {
+            memory.num_quantized += source.shape(&name).map_or(0, |shape| shape.iter().product::<i64>() as usize);
+            memory.quantized_bytes += bytes;
+        } else {
+            memory.dense_bytes += bytes;
+        }
+    }
+    memory
+}
+
+fn memory_lines([wide, narrow]: &[WeightMemory; 2]) -> Vec<String> {
+    let megabytes = |bytes: usize| bytes as f64 / 1e6;
+    let both = |of: &dyn Fn(&WeightMemory) -> usize| {
+        format!("{:.0} MB in f32, {:.0} MB in bf16", megabytes(of(wide)), megabytes(of(narrow)))
+    };
+    let mut lines = vec![format!("  memory for the weights: {}", both(&|m| m.quantized_bytes + m.dense_bytes))];
+    if wide.num_quantized > 0 {
+        let (count, each) = (wide.num_quantized as f64 / 1e6, wide.quantized_bytes as f64 / wide.num_quantized as f64);
+        let quantized = megabytes(wide.quantized_bytes);
+        lines.push(format!("    in 4 bits: {quantized:.0} MB, {count:.1} M weights of {each:.3} bytes"));
+        lines.push(format!("    the rest: {}", both(&|m| m.dense_bytes)));
+    }
+    lines
 }
 
 fn data(args: &Args, model: String) -> Result<ExitCode> {

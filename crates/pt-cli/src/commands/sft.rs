@@ -3,7 +3,7 @@
 use crate::checkpoints::{Checkpoints, adapter_folder};
 use crate::interrupts;
 use crate::job::Job;
-use crate::open::ModelArgs;
+use crate::open::{BaseFormat, ModelArgs};
 use crate::run_command::{RunCommand, absolute, agreed, dtype_name};
 use crate::talk::{self, Usage};
 use anyhow::Result;
@@ -32,6 +32,9 @@ pub(crate) struct Args {
     /// Number format of weights and activations: auto, f32, bf16 or f16.
     #[arg(long)]
     dtype: Option<String>,
+    /// How the weights of the linear layers under an adapter are held: as-stored when not given.
+    #[arg(long, value_enum)]
+    weights: Option<BaseFormat>,
     /// Training rows, JSONL or JSON: `messages`; `prompt`, `completion`; `instruction`, `input`, `output`; or `text`.
     #[arg(long, required_unless_present_any = ["print_config", "resume"])]
     data: Vec<PathBuf>,
@@ -93,6 +96,15 @@ pub(crate) fn run(args: Args) -> Result<ExitCode> {
         take_settings_of(folder, &mut config, &sets)?;
     }
     config.validate()?;
+    let weights = match command.weights.as_str() {
+        "nf4" => BaseFormat::Nf4,
+        _ => BaseFormat::AsStored,
+    };
+    if config.peft.is_none() && weights == BaseFormat::Nf4 {
+        let text =
+            "--weights is nf4 and peft is null: weights in 4 bits are frozen, only a method over them is trained";
+        return Err(Usage(text.into()).into());
+    }
     let flags = ModelArgs {
         model: command.model.clone(),
         adapter,
@@ -150,7 +162,7 @@ pub(crate) fn run(args: Args) -> Result<ExitCode> {
         return Ok(ExitCode::SUCCESS);
     }
     eprintln!("loading {}", job.model_path.display());
-    let mut model = CausalLm::load(&pretrained, job.device, job.kind)?;
+    let mut model = CausalLm::load_with(&pretrained, job.device, job.kind, weights.format())?;
     let finished = job.train(&pretrained, &mut model, checked)?;
     Ok(match finished.outcome.ending {
         Ending::Interrupted => ExitCode::from(130),
@@ -191,6 +203,12 @@ fn help_on_fields() -> String {
 fn settle(args: &Args, kept: RunCommand, run: &Path) -> Result<RunCommand> {
     let list = |paths: &[PathBuf]| paths.iter().map(|path| absolute(&path.to_string_lossy())).collect::<Vec<_>>();
     let some = |list: Vec<String>| Some(list).filter(|list| !list.is_empty());
+    // A run of a version without the flag began as it does without it.
+    let kept_weights = match (kept.weights.as_str(), kept.model.is_empty()) {
+        ("", true) => None,
+        ("", false) => Some(BaseFormat::AsStored.name().to_string()),
+        _ => Some(kept.weights.clone()),
+    };
     let kept_model = Some(kept.model).filter(|model| !model.is_empty());
     let missing = |flag| Usage(format!("give {flag}: {} does not say which it was", run.display()));
     let adapter = args.adapter.as_deref().map(adapter_folder).transpose()?;
@@ -204,6 +222,8 @@ fn settle(args: &Args, kept: RunCommand, run: &Path) -> Result<RunCommand> {
         eval_data: agreed("--eval-data", some(list(&args.eval_data)), some(kept.eval_data), run)?.unwrap_or_default(),
         device: args.device.clone().or(Some(kept.device).filter(|device| !device.is_empty())).unwrap_or("auto".into()),
         dtype: String::new(),
+        weights: agreed("--weights", args.weights.map(|w| w.name().to_string()), kept_weights, run)?
+            .unwrap_or_else(|| BaseFormat::AsStored.name().into()),
         samples: Some(args.samples.or(kept.samples).unwrap_or(4)),
     })
 }

@@ -32,10 +32,84 @@ fn a_quantized_checkpoint_is_what_weights_nf4_computes_with() {
     workshop.stdout(&sft);
     let adapted = score(&workshop, "4bit", &["--adapter", "run/checkpoints/step-00000006/adapter"]);
     assert!((adapted - stored).abs() > 1e-2, "{adapted} and {stored}");
-    // Merging gives a dense checkpoint.
-    workshop.stdout(&["merge", "--model", "4bit", "--adapter", "run", "--dtype", "f32", "--output", "merged"]);
+    // Merging gives a dense checkpoint, and says how far it is from the adapter on its base.
+    let merge = ["merge", "--model", "4bit", "--adapter", "run", "--dtype", "f32", "--output"];
+    let said = workshop.stdout(&[&merge[..], &["merged"]].concat());
     let merged = score(&workshop, "merged", &[]);
     assert!((merged - adapted).abs() < 1e-2, "{merged} and {adapted}");
+    let (logit, kl) = drift(&said, "merged, f32");
+    assert!(said.contains("the adapter on its 4-bit base") && logit < 1e-3 && kl.abs() < 1e-6, "{said}");
+    // In 4 bits again it is farther.
+    let rows = ["--data", "held_out.jsonl", "--set", "data.max_length=64"];
+    let said = workshop.stdout(&[&merge[..], &["again", "--requantize"], &rows].concat());
+    let (logit_again, kl_again) = drift(&said, "merged, NF4 again");
+    assert!(said.contains("of 4 texts") && logit_again > logit && kl_again > 1e-6, "{said}");
+    let again = score(&workshop, "again", &[]);
+    assert!(again != merged && (again - merged).abs() < 0.5 * (merged - stored).abs().max(1.0), "{again} and {merged}");
+    assert!(size("again") < size("merged"));
+    let refused = workshop.run(&["merge", "--model", "model", "--adapter", "run", "--output", "no", "--requantize"]);
+    assert!(stderr(&refused).contains("no weight of model is in 4 bits"), "{}", stderr(&refused));
+    assert!(!workshop.path("no").exists());
+
+    // What it takes is known without decoding it.
+    let inspected = workshop.stdout(&["inspect", "4bit"]);
+    assert!(inspected.contains("in 4 bits: 0 MB, 0.0 M weights of 0.56"), "{inspected}");
+}
+
+/// max |Δlogit| and mean KL of a line of `pt merge`.
+fn drift(said: &str, line: &str) -> (f64, f64) {
+    let line = said.lines().find(|found| found.trim_start().starts_with(line)).unwrap_or_else(|| panic!("{said}"));
+    let number = |after: &str| {
+        let rest = line.split_once(after).unwrap().1.trim_start();
+        rest.split([',', ' ']).next().unwrap().parse().unwrap()
+    };
+    (number("|Δlogit|"), number("mean KL"))
+}
+
+#[test]
+fn a_dense_checkpoint_is_quantized_on_load_for_training_and_stays_so_in_a_resumed_run() {
+    let workshop = Workshop::new();
+    let settings = ["learning_rate=0.05", "adamw.variant=paged_adamw_8bit", "schedule.kind=constant"];
+    let more: Vec<&str> =
+        ["--weights", "nf4"].into_iter().chain(settings.iter().flat_map(|set| ["--set", set])).collect();
+    let output = workshop.run(&workshop.sft("run", &[&more[..], &["--set", "max_steps=3"]].concat()));
+    let said = stderr(&output);
+    assert!(output.status.success(), "{said}");
+    for part in
+        ["4-bit weights ", "weights of 0.56", "adapter ", "gradients ", "paged_adamw_8bit, in a file in the run"]
+    {
+        assert!(said.contains(part), "no `{part}` in {said}");
+    }
+    let command = std::fs::read_to_string(workshop.path("run/command.yaml")).unwrap();
+    assert!(command.contains("weights: nf4"), "{command}");
+    let other = workshop.run(&["sft", "--resume", "--output", "run", "--weights", "as-stored"]);
+    assert!(
+        stderr(&other).contains("--weights is \"as-stored\", the run was started with \"nf4\""),
+        "{}",
+        stderr(&other)
+    );
+    workshop.stdout(&["sft", "--resume", "--output", "run", "--set", "max_steps=6"]);
+    // The whole run at once ends equally.
+    workshop.stdout(&workshop.sft("whole", &more));
+    let adapter = |run: &str| {
+        let file = format!("{run}/checkpoints/step-00000006/adapter/adapter_model.safetensors");
+        std::fs::read(workshop.path(&file)).unwrap()
+    };
+    assert!(adapter("run") == adapter("whole"));
+
+    // Merged where it was trained, and not into weights that it has not seen.
+    let drift_on = |weights: &str| {
+        let to = format!("merged-{weights}");
+        let args =
+            ["merge", "--model", "model", "--weights", weights, "--adapter", "run", "--dtype", "f32", "--output"];
+        workshop.stdout(&[&args[..], &[&to]].concat());
+        score(&workshop, &to, &[])
+    };
+    assert!((drift_on("nf4") - drift_on("as-stored")).abs() > 1e-3);
+
+    let full = workshop.run(&workshop.sft("full", &["--weights", "nf4", "--peft", "none"]));
+    assert!(stderr(&full).contains("weights in 4 bits are frozen"), "{}", stderr(&full));
+    assert!(!workshop.path("full").exists());
 }
 
 #[test]

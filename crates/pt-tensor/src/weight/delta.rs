@@ -42,6 +42,12 @@ impl Weight for DeltaWeight {
         self.base.size()
     }
 
+    /// The base, which others may share, and a bit a weight.
+    fn num_bytes(&self) -> usize {
+        let (out_features, in_features) = self.base.size();
+        self.base.num_bytes() + out_features as usize * (in_features as usize).div_ceil(8)
+    }
+
     fn dense(&self) -> Result<Tensor> {
         let base = self.base.dense()?;
         Ok((base.to_kind(Kind::Float) + self.signs.dense()?).to_kind(base.kind()))

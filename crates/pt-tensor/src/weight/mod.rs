@@ -42,6 +42,12 @@ pub trait Weight: std::fmt::Debug {
         tch::no_grad(|| Ok(grad.detach().f_matmul(&self.dense()?.detach())?))
     }
 
+    /// Bytes that it takes in memory: those of a dense tensor, unless its store takes others.
+    fn num_bytes(&self) -> usize {
+        let (out_features, in_features) = self.size();
+        (out_features * in_features) as usize * self.kind().elt_size_in_bytes()
+    }
+
     /// Device the weight lives on.
     fn device(&self) -> Device;
 

@@ -3,15 +3,17 @@
 use std::rc::Rc;
 
 use pt_quant::dense::Output;
-use pt_quant::formats::bitsandbytes::{self, SourceDtype};
-use pt_quant::{Arithmetic, Block4, Block4Matrix, Block4Ref, BlockSize, Codebook, ProductOptions, ScaleFormat};
+use pt_quant::formats::bitsandbytes::{self, QuantState, SourceDtype};
+use pt_quant::{
+    AbsmaxBuf, Arithmetic, Block4, Block4Matrix, Block4Ref, BlockSize, Codebook, ProductOptions, ScaleFormat,
+};
 use tch::{Device, Kind, Tensor, no_grad};
 
 use super::Weight;
 use crate::autograd::attach_backward;
 use crate::io::SafetensorsReader;
 use crate::pool::{exec, with_workspace};
-use crate::slices::{NewTensor, bf16s, f32s};
+use crate::slices::{NewTensor, bf16s, f32s, u8s};
 use crate::{Result, TensorError};
 
 /// How a weight is quantized; the defaults are bitsandbytes'.
@@ -110,12 +112,23 @@ impl Nf4Weight {
         Self::new(loaded.weights.as_ref(), (out_features as i64, in_features as i64), kind, device).map(Some)
     }
 
-    /// Bytes that codes and scales take.
-    pub fn num_bytes(&self) -> usize {
-        match &self.store {
-            Store::Cpu(matrix) => matrix.num_bytes(),
-            Store::Tensors(tensors) => tensors.packed.numel() + 4 * tensors.absmax.numel(),
-        }
+    /// Bytes that a 4-bit tensor of a checkpoint will take on the CPU: codes, and scales in f32 also where the file has them in 8 bits.
+    pub fn num_bytes_of(state: &QuantState) -> usize {
+        let len: usize = state.shape.iter().product();
+        len.div_ceil(2) + 4 * state.block_size.num_blocks(len)
+    }
+
+    /// The tensors that bitsandbytes saves for the weight, called `name` there: as [`nf4_tensors`] gives them, of the very codes and scales that
+    /// it computes with (scales in f32).
+    ///
+    /// # Errors
+    /// [`TensorError::Quant`] for a codebook that bitsandbytes does not have.
+    pub fn tensors(&self, name: &str) -> Result<Vec<(String, Tensor)>> {
+        let block4 = match &self.store {
+            Store::Cpu(matrix) => matrix.to_block4(&exec()),
+            Store::Tensors(tensors) => tensors.to_block4()?,
+        };
+        saved_tensors(name, &block4, &[self.size.0, self.size.1], self.kind)
     }
 }
 
@@ -125,15 +138,17 @@ impl Nf4Weight {
 /// # Errors
 /// As [`Nf4Weight::quantize`].
 pub fn nf4_tensors(name: &str, weight: &Tensor, options: Nf4Options) -> Result<Vec<(String, Tensor)>> {
-    let block4 = quantize(weight, options)?;
-    let shape: Vec<usize> = weight.size().iter().map(|&n| n as usize).collect();
-    let dtype = match weight.kind() {
+    saved_tensors(name, &quantize(weight, options)?, &weight.size(), weight.kind())
+}
+
+fn saved_tensors(name: &str, block4: &Block4, size: &[i64], kind: Kind) -> Result<Vec<(String, Tensor)>> {
+    let shape: Vec<usize> = size.iter().map(|&n| n as usize).collect();
+    let dtype = match kind {
         Kind::BFloat16 => SourceDtype::BFloat16,
         Kind::Half => SourceDtype::Float16,
         _ => SourceDtype::Float32,
     };
-    let block4 = block4.as_ref();
-    let parts = bitsandbytes::tensors(name, &block4, &shape, dtype)?;
+    let parts = bitsandbytes::tensors(name, &block4.as_ref(), &shape, dtype)?;
     parts.into_iter().map(|(name, part)| Ok((name, crate::io::tensor_of(&part)?))).collect()
 }
 
@@ -188,6 +203,14 @@ impl Weight for Nf4Weight {
         match &self.store {
             Store::Cpu(matrix) => backward(matrix, grad, self.size.1),
             Store::Tensors(tensors) => no_grad(|| Ok(grad.detach().f_matmul(&tensors.dense(grad.kind())?)?)),
+        }
+    }
+
+    /// Codes and scales.
+    fn num_bytes(&self) -> usize {
+        match &self.store {
+            Store::Cpu(matrix) => matrix.num_bytes(),
+            Store::Tensors(tensors) => tensors.packed.numel() + 4 * tensors.absmax.numel(),
         }
     }
 
@@ -314,6 +337,15 @@ impl Tensors {
             block_size: weights.block_size().get() as i64,
             size,
         })
+    }
+
+    fn to_block4(&self) -> Result<Block4> {
+        let [packed, absmax, codebook] =
+            [&self.packed, &self.absmax, &self.codebook].map(|tensor| tensor.to_device(Device::Cpu).contiguous());
+        let values = <[f32; 16]>::try_from(f32s(&codebook)).unwrap_or_default();
+        let (len, block_size) = ((self.size.0 * self.size.1) as usize, BlockSize::new(self.block_size as usize)?);
+        let absmax = AbsmaxBuf::F32(f32s(&absmax).to_vec());
+        Ok(Block4::new(u8s(&packed).to_vec(), absmax, len, block_size, Codebook::new(values)?)?)
     }
 
     fn dense(&self, kind: Kind) -> Result<Tensor> {
