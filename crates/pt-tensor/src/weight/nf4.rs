@@ -112,7 +112,7 @@ impl Nf4Weight {
         Self::new(loaded.weights.as_ref(), (out_features as i64, in_features as i64), kind, device).map(Some)
     }
 
-    /// Bytes that a 4-bit tensor of a checkpoint will take on the CPU: codes, and scales in f32 also where the file has them in 8 bits.
+    /// Bytes that a 4-bit tensor of a checkpoint will take on the CPU at most: codes, and scales in f32 also where the file has them in 8 bits.
     pub fn num_bytes_of(state: &QuantState) -> usize {
         let len: usize = state.shape.iter().product();
         len.div_ceil(2) + 4 * state.block_size.num_blocks(len)
