@@ -75,8 +75,7 @@ fn a_dense_checkpoint_is_quantized_on_load_for_training_and_stays_so_in_a_resume
     let output = workshop.run(&workshop.sft("run", &[&more[..], &["--set", "max_steps=3"]].concat()));
     let said = stderr(&output);
     assert!(output.status.success(), "{said}");
-    for part in
-        ["4-bit weights ", "weights of 0.5", "adapter ", "gradients ", "paged_adamw_8bit, in a file in the run"]
+    for part in ["4-bit weights ", "weights of 0.5", "adapter ", "gradients ", "paged_adamw_8bit, in a file in the run"]
     {
         assert!(said.contains(part), "no `{part}` in {said}");
     }
