@@ -21,13 +21,14 @@ pub(crate) fn questions(
     count: usize,
     encoder: &ModelEncoder<'_>,
     model: &CausalLm,
+    sites: &dyn Sites,
 ) -> Result<Vec<Question>> {
     let mut questions = Vec::new();
     for number in 0..count.min(rows.len()) {
         let row = rows[number * rows.len() / count.min(rows.len())];
         let Some((prompt, expected)) = texts(&row.content) else { continue };
         let token_ids = prompt_ids(row, encoder)?;
-        if check_prompt(model, &token_ids).is_ok() {
+        if check_prompt(model, &token_ids, sites).is_ok() {
             questions.push(Question { token_ids, prompt, expected });
         }
     }

@@ -173,7 +173,7 @@ impl Job {
             }
             None => (&[][..], vec![]),
         };
-        let questions = questions(&eval_rows, self.num_samples, &encoder, model)?;
+        let questions = questions(&eval_rows, self.num_samples, &encoder, model, sites.as_ref())?;
         let mut measured = self.before(&run, model, &sites, &encoder, eval_groups, &questions)?;
         if let Some(adapter) = &adapter {
             adapter.set_training(true);

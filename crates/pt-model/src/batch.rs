@@ -159,7 +159,7 @@ impl PackedBatch {
             positions: Tensor::from_slice(&positions).to_device(device),
             prompt_of_label: label_positions.iter().map(|&token: &i64| prompt_of_token[token as usize]).collect(),
             prompt_of_token,
-            plan: Arc::new(AttentionPlan { segments }),
+            plan: Arc::new(AttentionPlan::new(segments)),
             label_positions: Tensor::from_slice(&label_positions).to_device(device),
             label_ids: Tensor::from_slice(&label_ids).to_device(device),
             label_completion,

@@ -7,7 +7,7 @@ use crate::batch::PackedBatch;
 use crate::config::{Activation, Architecture, ModelConfig};
 use crate::load::{Pretrained, TensorSource};
 use crate::rope::Rope;
-use crate::sites::{Branch, BranchSite, Linear, Sites};
+use crate::sites::{Branch, BranchSite, Linear, Sites, VirtualTokens};
 use crate::{ModelError, Result};
 use pt_tensor::{
     AttentionPlan, DenseWeight, Device, Kind, LabelLogprobs, LabelOutput, Nf4Arithmetic, Nf4Options, Nf4Weight, Tensor,
@@ -20,7 +20,8 @@ use std::sync::Arc;
 /// Where attention finds its keys and values.
 pub(crate) trait Attend {
     /// `query: [tokens, num_heads, head_dim]`, `key`, `value`: `[tokens, num_kv_heads, head_dim]` of layer `layer`,
-    /// rotated; returns query's shape.
+    /// rotated; returns query's shape. Virtual tokens that are given as keys and values stand before the others there,
+    /// and have no query.
     fn attend(&self, layer: usize, query: &Tensor, key: &Tensor, value: &Tensor) -> Result<Tensor>;
 }
 
@@ -94,17 +95,18 @@ struct Layer {
 }
 
 impl Layer {
-    /// `input: [tokens, hidden_size]` → the same shape.
+    /// `input: [tokens, hidden_size]` → the same shape; `ahead` are keys and values before all others.
     fn forward(
         &self,
         input: &Tensor,
         rotary: Option<&(Tensor, Tensor)>,
+        ahead: Option<(&Tensor, &Tensor)>,
         attend: &dyn Attend,
         sites: &dyn Sites,
     ) -> Result<Tensor> {
         let normed = self.attention_norm.forward(input, sites)?;
         let heads = |t: Tensor| t.view([t.size()[0], -1, self.head_dim]); // [tokens, heads, head_dim]
-        let [mut query, mut key, value] = match &self.qkv {
+        let [mut query, mut key, mut value] = match &self.qkv {
             Qkv::Separate(qkv) => {
                 let [q, k, v] = qkv.as_ref();
                 [heads(sites.linear(q, &normed)?), heads(sites.linear(k, &normed)?), heads(sites.linear(v, &normed)?)]
@@ -117,6 +119,10 @@ impl Layer {
         if let Some((cos, sin)) = rotary {
             query = pt_tensor::apply_rotary(&query, cos, sin)?;
             key = pt_tensor::apply_rotary(&key, cos, sin)?;
+        }
+        if let Some((keys, values)) = ahead {
+            key = Tensor::f_cat(&[keys, &key], 0)?;
+            value = Tensor::f_cat(&[values, &value], 0)?;
         }
         let attended = attend.attend(self.index, &query, &key, &value)?;
         let attended = attended.view([attended.size()[0], -1]);
@@ -482,30 +488,51 @@ impl CausalLm {
         Ok(leaves)
     }
 
-    /// Final hidden states before the last norm of all tokens of a batch: `[total_tokens, hidden_size]`.
+    /// Final hidden states before the last norm of all tokens of a batch, `[total_tokens, hidden_size]`, for their
+    /// `positions` in their sequences; `ahead` are virtual tokens that this run computes or brings.
     fn run(
         &self,
         input_ids: &Tensor,
         positions: &Tensor,
+        ahead: Option<VirtualTokens>,
         attend: Rc<dyn Attend>,
         sites: &Rc<dyn Sites>,
         options: RunOptions,
     ) -> Result<Tensor> {
-        let (length, context) = (positions.f_max()?.int64_value(&[]) + 1, self.config.max_position_embeddings);
+        let num_virtual = sites.num_virtual_tokens() as i64;
+        let (length, context) =
+            (positions.f_max()?.int64_value(&[]) + 1 + num_virtual, self.config.max_position_embeddings);
         if length > context {
-            return Err(ModelError::TooLong { length: length as usize, context: context as usize });
+            let (length, virtual_tokens) = (length as usize, num_virtual as usize);
+            return Err(ModelError::TooLong { length, virtual_tokens, context: context as usize });
         }
+        let mut positions = if num_virtual > 0 { positions + num_virtual } else { positions.shallow_clone() };
         let replaced = sites.parameter(self.embed_path);
         let table = replaced.as_ref().unwrap_or(&self.embedding);
         let mut hidden_states = Tensor::f_embedding(table, input_ids, -1, false, false)?.to_kind(self.kind);
+        hidden_states = sites.embedding(input_ids, hidden_states)?;
+        let (mut num_computed, mut keys_values) = (0, Vec::new());
+        match ahead {
+            Some(VirtualTokens::Embeddings(rows)) => {
+                num_computed = rows.size()[0];
+                hidden_states = Tensor::f_cat(&[rows.to_kind(self.kind), hidden_states], 0)?;
+                let first = Tensor::arange(num_computed, (Kind::Int64, positions.device()));
+                positions = Tensor::f_cat(&[first, positions], 0)?;
+            }
+            Some(VirtualTokens::KeysValues(layers)) => {
+                let in_kind = |(key, value): (Tensor, Tensor)| (key.to_kind(self.kind), value.to_kind(self.kind));
+                keys_values = layers.into_iter().map(in_kind).collect();
+            }
+            None => {}
+        }
         if let Some(table) = &self.position_embedding {
             let replaced = sites.parameter(POSITIONS);
             let table = replaced.as_ref().unwrap_or(table);
-            hidden_states += table.f_index_select(0, positions)?.to_kind(self.kind);
+            hidden_states += table.f_index_select(0, &positions)?.to_kind(self.kind);
         }
-        hidden_states = sites.embedding(input_ids, hidden_states)?;
-        let rotary = self.rope.as_ref().map(|rope| rope.borrow_mut().at(positions, length));
+        let rotary = self.rope.as_ref().map(|rope| rope.borrow_mut().at(&positions, length));
         for layer in &self.layers {
+            let ahead = keys_values.get(layer.index);
             hidden_states = if options.is_checkpointed {
                 // A reentrant checkpoint needs an input that asks for a gradient, also below the first adapter.
                 if !hidden_states.requires_grad() {
@@ -513,20 +540,29 @@ impl CausalLm {
                 }
                 let (layer, attend, sites) = (layer.clone(), attend.clone(), sites.clone());
                 let rotary = rotary.as_ref().map(|(cos, sin)| (cos.shallow_clone(), sin.shallow_clone()));
-                pt_tensor::checkpoint(&[&hidden_states], move |inputs| {
+                let inputs: Vec<&Tensor> =
+                    std::iter::once(&hidden_states).chain(ahead.into_iter().flat_map(|(k, v)| [k, v])).collect();
+                pt_tensor::checkpoint(&inputs, move |inputs| {
+                    let ahead = inputs.get(1).zip(inputs.get(2));
                     layer
-                        .forward(&inputs[0], rotary.as_ref(), attend.as_ref(), sites.as_ref())
+                        .forward(&inputs[0], rotary.as_ref(), ahead, attend.as_ref(), sites.as_ref())
                         .map_err(TensorError::from)
                 })?
             } else {
-                layer.forward(&hidden_states, rotary.as_ref(), attend.as_ref(), sites.as_ref())?
+                let ahead = ahead.map(|(key, value)| (key, value));
+                layer.forward(&hidden_states, rotary.as_ref(), ahead, attend.as_ref(), sites.as_ref())?
             };
         }
-        Ok(hidden_states)
+        let own = hidden_states.size()[0] - num_computed;
+        Ok(if num_computed > 0 { hidden_states.narrow(0, num_computed, own) } else { hidden_states })
     }
 
-    fn packed(&self, batch: &PackedBatch) -> Rc<dyn Attend> {
-        Rc::new(Packed { plan: batch.plan.clone(), scale: self.attention_scale(), window: self.config.sliding_window })
+    /// The run of a packed batch.
+    fn run_packed(&self, batch: &PackedBatch, sites: &Rc<dyn Sites>, options: RunOptions) -> Result<Tensor> {
+        let ahead = sites.virtual_tokens()?;
+        let plan = behind(&batch.plan, sites.num_virtual_tokens(), ahead.as_ref());
+        let attend = Packed { plan, scale: self.attention_scale(), window: self.config.sliding_window };
+        self.run(&batch.input_ids, &batch.positions, ahead, Rc::new(attend), sites, options)
     }
 
     pub(crate) fn attention_scale(&self) -> f64 {
@@ -539,7 +575,7 @@ impl CausalLm {
     /// When a shape does not fit or a sequence is longer than the context.
     pub fn hidden_states(&self, batch: &PackedBatch, sites: &Rc<dyn Sites>, options: RunOptions) -> Result<Tensor> {
         let sites = &routed(sites, &batch.prompt_of_token)?;
-        let hidden_states = self.run(&batch.input_ids, &batch.positions, self.packed(batch), sites, options)?;
+        let hidden_states = self.run_packed(batch, sites, options)?;
         self.final_norm.forward(&hidden_states, sites.as_ref())
     }
 
@@ -555,7 +591,7 @@ impl CausalLm {
         options: &LabelLogprobs,
     ) -> Result<LabelOutput> {
         let on_tokens = routed(sites, &batch.prompt_of_token)?;
-        let hidden_states = self.run(&batch.input_ids, &batch.positions, self.packed(batch), &on_tokens, run)?;
+        let hidden_states = self.run_packed(batch, &on_tokens, run)?;
         let predictors = hidden_states.f_index_select(0, &batch.label_positions)?;
         let sites = routed(sites, &batch.prompt_of_label)?;
         let predictors = self.final_norm.forward(&predictors, sites.as_ref())?;
@@ -572,18 +608,20 @@ impl CausalLm {
     }
 
     /// One step over a cache: `[tokens]` ids at positions → logits of `last` tokens, one a prompt, or of all,
-    /// `[.., vocab_size]`.
+    /// `[.., vocab_size]`. The step that fills the cache brings the virtual tokens.
+    #[allow(clippy::too_many_arguments, reason = "one call a step, from two places")]
     pub(crate) fn step(
         &self,
         input_ids: &Tensor,
         positions: &Tensor,
+        ahead: Option<VirtualTokens>,
         attend: Rc<dyn Attend>,
         last: Option<&Tensor>,
         prompt_of_token: &[usize],
         sites: &Rc<dyn Sites>,
     ) -> Result<Tensor> {
         let on_tokens = routed(sites, prompt_of_token)?;
-        let mut hidden_states = self.run(input_ids, positions, attend, &on_tokens, RunOptions::default())?;
+        let mut hidden_states = self.run(input_ids, positions, ahead, attend, &on_tokens, RunOptions::default())?;
         let mut on_last = on_tokens;
         if let Some(last) = last {
             hidden_states = hidden_states.index_select(0, last);
@@ -595,8 +633,20 @@ impl CausalLm {
 }
 
 /// The sites of one run over tokens of these prompts.
-fn routed(sites: &Rc<dyn Sites>, prompt_of_token: &[usize]) -> Result<Rc<dyn Sites>> {
+pub(crate) fn routed(sites: &Rc<dyn Sites>, prompt_of_token: &[usize]) -> Result<Rc<dyn Sites>> {
     Ok(sites.routed(prompt_of_token)?.unwrap_or_else(|| sites.clone()))
+}
+
+/// A batch's plan behind virtual tokens.
+pub(crate) fn behind(
+    plan: &Arc<AttentionPlan>,
+    num_virtual: usize,
+    virtual_tokens: Option<&VirtualTokens>,
+) -> Arc<AttentionPlan> {
+    match virtual_tokens {
+        Some(tokens) => Arc::new(plan.behind(num_virtual as i64, matches!(tokens, VirtualTokens::Embeddings(_)))),
+        None => plan.clone(),
+    }
 }
 
 /// Takes tensors out of a source, checks shapes, and remembers what was used.

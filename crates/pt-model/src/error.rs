@@ -152,10 +152,12 @@ pub enum ModelError {
         reason: String,
     },
     /// A sequence does not fit the context.
-    #[error("a sequence of {length} tokens is longer than the context of {context}")]
+    #[error("a sequence of {length} tokens{} is longer than the context of {context}", with_virtual(*virtual_tokens))]
     TooLong {
-        /// Tokens needed.
+        /// Tokens needed, the adapter's virtual tokens included.
         length: usize,
+        /// How many of them are virtual.
+        virtual_tokens: usize,
         /// Tokens the model can see.
         context: usize,
     },
@@ -302,4 +304,8 @@ pub(crate) fn nearest<'a>(name: &str, known: impl IntoIterator<Item = &'a str>) 
         .filter(|(similarity, _)| *similarity > 0.85)
         .max_by(|a, b| a.0.total_cmp(&b.0))
         .map(|(_, candidate)| candidate.to_string())
+}
+
+fn with_virtual(virtual_tokens: usize) -> String {
+    if virtual_tokens == 0 { String::new() } else { format!(", {virtual_tokens} of them the adapter's virtual ones,") }
 }

@@ -64,6 +64,17 @@ pub struct BranchSite<'a> {
     pub input: &'a Tensor,
 }
 
+/// Tokens that no text has, before every sequence of a batch. They are the same for all of its sequences, so they are
+/// computed once and every sequence attends to them.
+#[derive(Debug)]
+pub enum VirtualTokens {
+    /// Their embeddings, `[n, hidden_size]`: they run through the layers as other tokens do (prompt tuning).
+    Embeddings(Tensor),
+    /// Their keys and values in every layer, `[n, num_kv_heads, head_dim]` each, the keys as attention reads them: no
+    /// position is worked into them (prefix tuning).
+    KeysValues(Vec<(Tensor, Tensor)>),
+}
+
 /// What a method does at each place; the defaults leave the model as it is.
 ///
 /// Law: a method at its neutral start (LoRA with B = 0, say) gives the values of [`Bare`].
@@ -111,6 +122,20 @@ pub trait Sites: std::fmt::Debug {
     /// When the shapes do not fit.
     fn gap(&self, _layer: usize, _input: &Tensor, hidden_states: Tensor) -> Result<Tensor> {
         Ok(hidden_states)
+    }
+
+    /// How many virtual tokens stand before every sequence. They take the first positions, and room in the context; the
+    /// tokens of a sequence come after them.
+    fn num_virtual_tokens(&self) -> usize {
+        0
+    }
+
+    /// Those tokens, with their graph, where there are any. Asked once a forward pass; their kind does not matter.
+    ///
+    /// # Errors
+    /// When they cannot be computed.
+    fn virtual_tokens(&self) -> Result<Option<VirtualTokens>> {
+        Ok(None)
     }
 
     /// A replacement for a whole parameter outside the linear layers, by its path (`model.embed_tokens.weight`, a norm's

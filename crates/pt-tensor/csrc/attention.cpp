@@ -3,10 +3,11 @@
 // again from one number per row.
 //
 // Everything is computed in f32; f32 and bf16 are read and written. A segment's queries see its prefix wholly and its
-// own tokens causally, so a prompt's keys are packed once however many completions read them. The callers in
-// attention.rs check shapes, kinds, contiguity and spans.
+// own tokens causally, so a prompt's keys are packed once however many completions read them. The first `common` keys
+// stand before every segment but their own. The callers in attention.rs check shapes, kinds, contiguity and spans.
 //
-// Layouts: query, out [token][head][dim]; key, value [token][kv_head][dim]; row_lse [token][head].
+// Layouts: query, out [query][head][dim]; key, value [token][kv_head][dim]; row_lse [query][head]. The first `ahead`
+// tokens have no query: query i is that of token ahead + i.
 
 #include "simd.h"
 
@@ -32,6 +33,8 @@ constexpr int64_t WIDTH = KEYS + LANES;  // floats in a row of scores, with room
 
 struct Shape {
   int64_t tokens, heads, kv_heads, dim;
+  int64_t common;  // tokens at the front that all segments see
+  int64_t ahead;   // tokens at the front without a query
   int64_t window;  // tokens that a query sees, itself included; 0 where there is no window
   float scale;
   int64_t padded() const { return (dim + LANES - 1) / LANES * LANES; }
@@ -74,18 +77,22 @@ INLINE void pack_tile(const T* x, Packed& packed, const Shape& shape, int64_t kv
 struct Tile {
   const PtSpan* span;
   int64_t first, count;  // rows of the segment
-  int64_t token() const { return span->start + first; }
-  int64_t prefix() const { return span->prefix_end - span->prefix_start; }
+  int64_t query(const Shape& shape) const { return span->start + first - shape.ahead; }
+  // Keys of other tokens before the segment's own: those that all see, and the prefix.
+  int64_t common(const Shape& shape) const { return span->start < shape.common ? 0 : shape.common; }
+  int64_t before(const Shape& shape) const { return common(shape) + span->prefix_end - span->prefix_start; }
 };
 
-// One of the two runs of keys of a segment: tokens [start, end), the first of which stands at `position`.
+// One of the three runs of keys of a segment: tokens [start, end), the first of which stands at `position`.
 struct Run {
   int64_t start, end, position;
 };
 
-INLINE Run run_of(const PtSpan& span, int which) {
-  if (which == 0) return Run{span.prefix_start, span.prefix_end, 0};
-  return Run{span.start, span.end, span.prefix_end - span.prefix_start};
+INLINE Run run_of(const Tile& tile, int which, const Shape& shape) {
+  const PtSpan& span = *tile.span;
+  if (which == 0) return Run{0, tile.common(shape), 0};
+  if (which == 1) return Run{span.prefix_start, span.prefix_end, tile.common(shape)};
+  return Run{span.start, span.end, tile.before(shape)};
 }
 
 // The keys [from, to) that the query at `position` sees within [low, high) of a run.
@@ -105,7 +112,7 @@ INLINE void gather(const T* x, const Shape& shape, int64_t head, const Tile& til
   int64_t padded = shape.padded();
   for (int64_t r = 0; r < ROWS; ++r) {
     float* row = out + r * padded;
-    const T* source = x + ((tile.token() + r) * shape.heads + head) * shape.dim;
+    const T* source = x + ((tile.query(shape) + r) * shape.heads + head) * shape.dim;
     int64_t width = r < tile.count ? shape.dim : 0;
     for (int64_t d = 0; d < width; ++d) row[d] = load(source[d]);
     for (int64_t d = width; d < padded; ++d) row[d] = 0;
@@ -131,9 +138,9 @@ struct Job {
 // of the run, columns counted from the token `base`, rows before `first_row` seeing none of them.
 template <typename F>
 INLINE void each_key_tile(const Tile& tile, const Shape& shape, const F& body) {
-  int64_t first_position = tile.prefix() + tile.first, last_position = first_position + tile.count - 1;
-  for (int which = 0; which < 2; ++which) {
-    Run run = run_of(*tile.span, which);
+  int64_t first_position = tile.before(shape) + tile.first, last_position = first_position + tile.count - 1;
+  for (int which = 0; which < 3; ++which) {
+    Run run = run_of(tile, which, shape);
     if (run.start == run.end) continue;
     for (int64_t base = run.start / LANES * LANES; base < run.end; base += KEYS) {
       int64_t low = std::max(base, run.start), high = std::min(base + KEYS, run.end);
@@ -160,7 +167,7 @@ INLINE void forward_tile(const Job& job, const T* query, T* out, float* row_lse,
   each_key_tile(tile, shape, [&](const Run& run, int64_t base, int64_t low, int64_t high, int64_t first_row) INLINED {
     for (int64_t block = first_row; block < tile.count; block += BLOCK) {
       int64_t rows = std::min(BLOCK, tile.count - block);
-      int64_t position = tile.prefix() + tile.first + block;
+      int64_t position = tile.before(shape) + tile.first + block;
       Seen first = seen(run, position, low, high, shape.window);
       Seen last = seen(run, position + rows - 1, low, high, shape.window);
       int64_t from = (first.from - base) / LANES, to = (last.to - base + LANES - 1) / LANES;
@@ -203,10 +210,10 @@ INLINE void forward_tile(const Job& job, const T* query, T* out, float* row_lse,
     }
   });
   for (int64_t r = 0; r < tile.count; ++r) {
-    T* target = out + ((tile.token() + r) * shape.heads + head) * shape.dim;
+    T* target = out + ((tile.query(shape) + r) * shape.heads + head) * shape.dim;
     float scale = 1.0f / total[r];
     for (int64_t d = 0; d < shape.dim; ++d) store(&target[d], sum[r * padded + d] * scale);
-    row_lse[(tile.token() + r) * shape.heads + head] = max[r] + std::log(total[r]);
+    row_lse[(tile.query(shape) + r) * shape.heads + head] = max[r] + std::log(total[r]);
   }
 }
 
@@ -217,9 +224,17 @@ struct Backward {
   T *grad_query, *grad_key, *grad_value;
 };
 
-// One tile of queries: writes their gradient, adds to the keys' and values' (rows counted from `first_token`).
+// A family's gradients of keys or values: rows of the common tokens, and of its own from `first` on. Each part has room
+// for a block that starts near its end.
+struct Rows {
+  int64_t common, first;
+  int64_t lead() const { return common > 0 ? common + BLOCK : 0; }
+  int64_t of(int64_t token) const { return token < common ? token : lead() + token - first; }
+};
+
+// One tile of queries: writes their gradient, adds to the keys' and values'.
 template <typename T>
-INLINE void backward_tile(const Job& job, const Backward<T>& args, int64_t head, const Tile& tile, int64_t first_token,
+INLINE void backward_tile(const Job& job, const Backward<T>& args, int64_t head, const Tile& tile, const Rows& rows_of,
                           float* grad_key, float* grad_value, float* scratch) {
   const Shape& shape = job.shape;
   int64_t padded = shape.padded(), kv_head = head / shape.repeats();
@@ -230,7 +245,7 @@ INLINE void backward_tile(const Job& job, const Backward<T>& args, int64_t head,
   gather(args.grad_out, shape, head, tile, grad);
   for (int64_t i = 0; i < ROWS * padded; ++i) grad_q[i] = 0;
   for (int64_t r = 0; r < tile.count; ++r) {
-    int64_t at = (tile.token() + r) * shape.heads + head;
+    int64_t at = (tile.query(shape) + r) * shape.heads + head;
     float dot = 0;
 #pragma omp simd reduction(+ : dot)
     for (int64_t d = 0; d < shape.dim; ++d) dot += grad[r * padded + d] * load(args.out[at * shape.dim + d]);
@@ -241,7 +256,7 @@ INLINE void backward_tile(const Job& job, const Backward<T>& args, int64_t head,
     int64_t highest = low;
     for (int64_t block = first_row; block < tile.count; block += BLOCK) {
       int64_t rows = std::min(BLOCK, tile.count - block);
-      int64_t position = tile.prefix() + tile.first + block;
+      int64_t position = tile.before(shape) + tile.first + block;
       Seen first = seen(run, position, low, high, shape.window);
       Seen last = seen(run, position + rows - 1, low, high, shape.window);
       int64_t from = (first.from - base) / LANES, to = (last.to - base + LANES - 1) / LANES;
@@ -272,12 +287,12 @@ INLINE void backward_tile(const Job& job, const Backward<T>& args, int64_t head,
     }
     // The last block of rows is filled up with zeros in p and ds, so whole blocks may be read.
     int64_t rows = (tile.count + BLOCK - 1) / BLOCK * BLOCK;
-    int64_t first_position = tile.prefix() + tile.first;
+    int64_t first_position = tile.before(shape) + tile.first;
     for (int64_t key = low; key < highest; key += BLOCK) {
       int64_t key_position = run.position + key - run.start;
       int64_t row = std::max<int64_t>(first_row, (key_position - first_position) / BLOCK * BLOCK);
       for (int64_t d = 0; d < padded; d += LANES) {
-        int64_t target = (key - first_token) * padded + d;
+        int64_t target = rows_of.of(key) * padded + d;
         multiply(grad_value + target, padded, p + row * WIDTH + (key - base), 1, WIDTH, grad + row * padded + d,
                  padded, rows - row);
         multiply(grad_key + target, padded, ds + row * WIDTH + (key - base), 1, WIDTH, q + row * padded + d, padded,
@@ -286,7 +301,7 @@ INLINE void backward_tile(const Job& job, const Backward<T>& args, int64_t head,
     }
   });
   for (int64_t r = 0; r < tile.count; ++r) {
-    T* target = args.grad_query + ((tile.token() + r) * shape.heads + head) * shape.dim;
+    T* target = args.grad_query + ((tile.query(shape) + r) * shape.heads + head) * shape.dim;
     for (int64_t d = 0; d < shape.dim; ++d) store(&target[d], grad_q[r * padded + d]);
   }
 }
@@ -308,8 +323,8 @@ INLINE void scatter(const float* rows, T* out, const Shape& shape, int64_t kv_he
     forward_tile(job, query, out, row_lse, head, tile, scratch);                                                      \
   }                                                                                                                   \
   EACH_CPU void backward_##NAME(const Job& job, const Backward<T>& args, int64_t head, const Tile& tile,              \
-                                int64_t first_token, float* grad_key, float* grad_value, float* scratch) {            \
-    backward_tile(job, args, head, tile, first_token, grad_key, grad_value, scratch);                                 \
+                                const Rows& rows, float* grad_key, float* grad_value, float* scratch) {               \
+    backward_tile(job, args, head, tile, rows, grad_key, grad_value, scratch);                                        \
   }                                                                                                                   \
   EACH_CPU void scatter_##NAME(const float* rows, T* out, const Shape& shape, int64_t kv_head, int64_t first,         \
                                int64_t last) {                                                                        \
@@ -319,9 +334,9 @@ INLINE void scatter(const float* rows, T* out, const Shape& shape, int64_t kv_he
   void forward(const Job& j, const T* q, T* o, float* l, int64_t h, const Tile& t, float* w) {                        \
     forward_##NAME(j, q, o, l, h, t, w);                                                                              \
   }                                                                                                                   \
-  void backward(const Job& j, const Backward<T>& a, int64_t h, const Tile& t, int64_t f, float* k, float* v,          \
+  void backward(const Job& j, const Backward<T>& a, int64_t h, const Tile& t, const Rows& r, float* k, float* v,      \
                 float* w) {                                                                                           \
-    backward_##NAME(j, a, h, t, f, k, v, w);                                                                          \
+    backward_##NAME(j, a, h, t, r, k, v, w);                                                                          \
   }                                                                                                                   \
   void spread(const float* r, T* o, const Shape& s, int64_t g, int64_t a, int64_t b) { scatter_##NAME(r, o, s, g, a, b); }
 
@@ -379,20 +394,36 @@ void attention_backward(const Backward<T>& args, const T* key, const T* value, c
                         const int64_t* families, int64_t num_families, const Shape& shape) {
   Job job{shape, spans, packed(key, shape, true, true), packed(value, shape, false, true)};
   int64_t padded = shape.padded();
-  // A family's keys are read by its own queries only, so one thread owns their gradient: no locks, and the same sums
-  // in the same order at every run.
+  // A family's keys are read by its own queries only, so one thread owns their gradient: no locks, and the same sums in
+  // the same order at every run. Of the common keys' gradient each family has its part, which are summed at the end.
+  int64_t part = shape.common * padded;
+  Floats parts = floats(std::max<int64_t>(1, num_families * shape.kv_heads * 2 * part));
   share_out(num_families * shape.kv_heads, 3 * ROWS * padded + 2 * ROWS * WIDTH, [&](int64_t unit, float* scratch) {
     int64_t family = unit / shape.kv_heads, kv_head = unit % shape.kv_heads;
     const PtSpan *begin = spans + families[family], *end = spans + families[family + 1];
-    int64_t first = begin->start, last = end[-1].end;
-    int64_t size = (last - first + BLOCK) * padded;
+    Rows rows{shape.common, std::max(begin->start, shape.common)};
+    int64_t last = std::max(end[-1].end, shape.common);
+    int64_t size = (rows.of(last) + BLOCK) * padded;
     Floats grads = floats(2 * size);
-    std::fill_n(grads.get(), 2 * size, 0.0f);
+    float *grad_key = grads.get(), *grad_value = grad_key + size;
+    std::fill_n(grad_key, 2 * size, 0.0f);
     for (const Tile& tile : tiles_of(begin, end - begin))
       for (int64_t head = kv_head * shape.repeats(); head < (kv_head + 1) * shape.repeats(); ++head)
-        backward(job, args, head, tile, first, grads.get(), grads.get() + size, scratch);
-    spread(grads.get(), args.grad_key, shape, kv_head, first, last);
-    spread(grads.get() + size, args.grad_value, shape, kv_head, first, last);
+        backward(job, args, head, tile, rows, grad_key, grad_value, scratch);
+    spread(grad_key + rows.lead() * padded, args.grad_key, shape, kv_head, rows.first, last);
+    spread(grad_value + rows.lead() * padded, args.grad_value, shape, kv_head, rows.first, last);
+    std::copy_n(grad_key, part, parts.get() + unit * 2 * part);
+    std::copy_n(grad_value, part, parts.get() + (unit * 2 + 1) * part);
+  });
+  if (part == 0) return;
+  share_out(shape.kv_heads, 2 * part, [&](int64_t kv_head, float* sums) {
+    std::fill_n(sums, 2 * part, 0.0f);
+    for (int64_t family = 0; family < num_families; ++family) {
+      const float* own = parts.get() + (family * shape.kv_heads + kv_head) * 2 * part;
+      for (int64_t i = 0; i < 2 * part; ++i) sums[i] += own[i];
+    }
+    spread(sums, args.grad_key, shape, kv_head, 0, shape.common);
+    spread(sums + part, args.grad_value, shape, kv_head, 0, shape.common);
   });
 }
 
@@ -402,8 +433,8 @@ extern "C" {
 
 void pt_attention(int is_bf16, const void* query, const void* key, const void* value, void* out, float* row_lse,
                   const PtSpan* spans, int64_t num_spans, int64_t tokens, int64_t heads, int64_t kv_heads, int64_t dim,
-                  int64_t window, float scale) noexcept {
-  Shape shape{tokens, heads, kv_heads, dim, window, scale};
+                  int64_t common, int64_t ahead, int64_t window, float scale) noexcept {
+  Shape shape{tokens, heads, kv_heads, dim, common, ahead, window, scale};
   if (is_bf16)
     attention((const Bf16*)query, (const Bf16*)key, (const Bf16*)value, (Bf16*)out, row_lse, spans, num_spans, shape);
   else
@@ -411,12 +442,14 @@ void pt_attention(int is_bf16, const void* query, const void* key, const void* v
               shape);
 }
 
-// families: num_families + 1 indices into spans; a span's prefix lies within its own family's tokens.
+// families: num_families + 1 indices into spans; a span's prefix lies within its own family's tokens. No span and no
+// prefix crosses the end of the common tokens.
 void pt_attention_backward(int is_bf16, const void* query, const void* key, const void* value, const void* out,
                            const void* grad_out, const float* row_lse, void* grad_query, void* grad_key,
                            void* grad_value, const PtSpan* spans, const int64_t* families, int64_t num_families,
-                           int64_t tokens, int64_t heads, int64_t kv_heads, int64_t dim, int64_t window, float scale) noexcept {
-  Shape shape{tokens, heads, kv_heads, dim, window, scale};
+                           int64_t tokens, int64_t heads, int64_t kv_heads, int64_t dim, int64_t common, int64_t ahead,
+                           int64_t window, float scale) noexcept {
+  Shape shape{tokens, heads, kv_heads, dim, common, ahead, window, scale};
   if (is_bf16)
     attention_backward<Bf16>({(const Bf16*)query, (const Bf16*)out, (const Bf16*)grad_out, row_lse, (Bf16*)grad_query,
                               (Bf16*)grad_key, (Bf16*)grad_value},

@@ -20,8 +20,38 @@ pub struct Segment {
 /// Who attends to whom in a packed batch.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct AttentionPlan {
-    /// The segments, in token order; together they cover every token once, and a prefix lies before its segment.
+    /// So many tokens at the front stand before every segment but their own: virtual tokens of a prompt or a prefix. A
+    /// segment's positions count them, then its prefix, then its own tokens.
+    pub common: i64,
+    /// The segments, in token order; together they cover every token once, and a prefix lies before its segment. The
+    /// common tokens are the first segment, or they are in none and have keys and values only.
     pub segments: Vec<Segment>,
+}
+
+impl AttentionPlan {
+    /// A plan without tokens that all segments see.
+    pub fn new(segments: Vec<Segment>) -> Self {
+        Self { common: 0, segments }
+    }
+
+    /// The plan with `common` more tokens at its front, which all of its segments see; `are_queried` says whether they
+    /// have queries of their own.
+    pub fn behind(&self, common: i64, are_queried: bool) -> Self {
+        let later = |range: &Range<i64>| range.start + common..range.end + common;
+        let first = are_queried.then(|| Segment { prefix: 0..0, tokens: 0..common });
+        let others = self.segments.iter().map(|s| Segment { prefix: later(&s.prefix), tokens: later(&s.tokens) });
+        Self { common: self.common + common, segments: first.into_iter().chain(others).collect() }
+    }
+
+    /// Tokens at the front that have no query.
+    fn ahead(&self) -> i64 {
+        self.segments.first().map_or(0, |first| first.tokens.start)
+    }
+
+    /// The common tokens that a segment sees before its prefix.
+    fn common_of(&self, segment: &Segment) -> i64 {
+        if segment.tokens.start < self.common { 0 } else { self.common }
+    }
 }
 
 /// Softmax attention of packed tokens.
@@ -29,7 +59,8 @@ pub struct AttentionPlan {
 /// # Shapes
 /// `query: [total_tokens, num_heads, head_dim]`, `key`, `value`: `[total_tokens, num_kv_heads, head_dim]`; returns
 /// query's shape. `num_kv_heads` divides `num_heads`; each key head serves a run of query heads. A token sees
-/// at most the last `window` tokens where a window is given (Mistral).
+/// at most the last `window` tokens where a window is given (Mistral). Common tokens in no segment have no row in
+/// `query`.
 ///
 /// On the CPU in f32 and bf16 this is one node of the graph that keeps its inputs, its output and one number per
 /// query; elsewhere libtorch's attention runs segment by segment.
@@ -52,7 +83,7 @@ pub fn packed_attention(
         .segments
         .iter()
         .map(|segment| {
-            let view = View::new(segment, query, key, value, window);
+            let view = View::new(plan, segment, query, key, value, window);
             Ok(Tensor::f_scaled_dot_product_attention(
                 &view.query,
                 &view.key,
@@ -77,6 +108,8 @@ struct Shape {
     heads: i64,
     kv_heads: i64,
     dim: i64,
+    common: i64,
+    ahead: i64,
     /// 0 where there is none.
     window: i64,
     scale: f32,
@@ -92,7 +125,17 @@ impl Shape {
         window: Option<i64>,
     ) -> Result<Self> {
         let layout = "[total_tokens, num_heads, head_dim]";
-        let (tokens, heads, dim) = query.size3().map_err(|_| TensorError::shape("query", query, layout))?;
+        let (queries, heads, dim) = query.size3().map_err(|_| TensorError::shape("query", query, layout))?;
+        let (common, ahead) = (plan.common, plan.ahead());
+        if ahead != 0 && ahead != common {
+            let found = format!("segments from token {ahead} on after {common} common tokens");
+            return Err(TensorError::argument(
+                "plan",
+                found,
+                "segments from token 0 on, or from the first that is not common",
+            ));
+        }
+        let tokens = queries + ahead;
         let kv_heads = key.size().get(1).copied().unwrap_or(0);
         if kv_heads == 0 || heads % kv_heads != 0 || key.size() != [tokens, kv_heads, dim] {
             return Err(TensorError::shape("key", key, format!("[{tokens}, a divisor of {heads}, {dim}]")));
@@ -103,10 +146,11 @@ impl Shape {
         if window.is_some_and(|window| window < 1) {
             return Err(TensorError::argument("window", window.unwrap_or(0), "at least 1 token"));
         }
-        let mut covered = 0;
+        let mut covered = ahead;
         for Segment { prefix, tokens } in &plan.segments {
-            let prefix_fits = prefix.is_empty() || (prefix.start >= 0 && prefix.end <= tokens.start);
-            if tokens.start != covered || tokens.end < tokens.start || !prefix_fits {
+            let prefix_fits = prefix.is_empty() || (prefix.start >= common && prefix.end <= tokens.start);
+            let common_fits = tokens.start >= common || tokens.end == common && tokens.start == 0;
+            if tokens.start != covered || tokens.end < tokens.start || !prefix_fits || !common_fits {
                 let found = format!("a segment of tokens {tokens:?} after prefix {prefix:?}");
                 return Err(TensorError::argument("plan", found, &format!("one that starts at token {covered}")));
             }
@@ -115,7 +159,8 @@ impl Shape {
         if covered != tokens {
             return Err(TensorError::argument("plan", format!("{covered} tokens"), &format!("{tokens} tokens")));
         }
-        Ok(Self { tokens, heads, kv_heads, dim, window: window.unwrap_or(0), scale: scale as f32 })
+        let (window, scale) = (window.unwrap_or(0), scale as f32);
+        Ok(Self { tokens, heads, kv_heads, dim, common, ahead, window, scale })
     }
 }
 
@@ -129,20 +174,34 @@ struct View {
 }
 
 impl View {
-    fn new(segment: &Segment, query: &Tensor, key: &Tensor, value: &Tensor, window: Option<i64>) -> Self {
-        let own = |t: &Tensor| t.narrow(0, segment.tokens.start, segment.tokens.end - segment.tokens.start);
+    fn new(
+        plan: &AttentionPlan,
+        segment: &Segment,
+        query: &Tensor,
+        key: &Tensor,
+        value: &Tensor,
+        window: Option<i64>,
+    ) -> Self {
+        let rows = |t: &Tensor, range: &Range<i64>| t.narrow(0, range.start, range.end - range.start);
+        let common = plan.common_of(segment);
         let repeats = query.size()[1] / key.size()[1];
         let keys = |t: &Tensor| {
-            let mut rows = own(t);
-            if !segment.prefix.is_empty() {
-                let prefix = t.narrow(0, segment.prefix.start, segment.prefix.end - segment.prefix.start);
-                rows = Tensor::cat(&[prefix, rows], 0);
-            }
-            repeat_heads(&rows, repeats).transpose(0, 1).unsqueeze(0)
+            let own = rows(t, &segment.tokens);
+            let before = [0..common, segment.prefix.clone()].into_iter().filter(|run| !run.is_empty());
+            let mut seen: Vec<Tensor> = before.map(|run| rows(t, &run)).collect();
+            let seen = if seen.is_empty() {
+                own
+            } else {
+                seen.push(own);
+                Tensor::cat(&seen, 0)
+            };
+            repeat_heads(&seen, repeats).transpose(0, 1).unsqueeze(0)
         };
-        let query_view = own(query).transpose(0, 1).unsqueeze(0);
-        let mask = mask(segment, window, query);
-        Self { query: query_view, key: keys(key), value: keys(value), mask }
+        let ahead = plan.ahead();
+        let own = rows(query, &(segment.tokens.start - ahead..segment.tokens.end - ahead));
+        let before = common + segment.prefix.end - segment.prefix.start;
+        let mask = mask(before, segment.tokens.end - segment.tokens.start, window, query);
+        Self { query: own.transpose(0, 1).unsqueeze(0), key: keys(key), value: keys(value), mask }
     }
 }
 
@@ -155,23 +214,21 @@ fn repeat_heads(rows: &Tensor, repeats: i64) -> Tensor {
     rows.unsqueeze(2).expand([size[0], size[1], repeats, size[2]], false).reshape([size[0], size[1] * repeats, size[2]])
 }
 
-/// The mask of a segment, or none where it is plainly causal.
-fn mask(segment: &Segment, window: Option<i64>, like: &Tensor) -> Option<Tensor> {
-    let own = segment.tokens.end - segment.tokens.start;
-    let prefix = segment.prefix.end - segment.prefix.start;
-    let window = window.filter(|&window| prefix + own > window);
-    if prefix == 0 && window.is_none() {
+/// The mask of `own` queries that `before` keys stand before, or none where it is plainly causal.
+fn mask(before: i64, own: i64, window: Option<i64>, like: &Tensor) -> Option<Tensor> {
+    let window = window.filter(|&window| before + own > window);
+    if before == 0 && window.is_none() {
         return None;
     }
     let options = (Kind::Int64, like.device());
-    // Row i stands at position prefix + i.
-    let rows = (Tensor::arange(own, options) + prefix).unsqueeze(1);
-    let columns = Tensor::arange(prefix + own, options).unsqueeze(0);
+    // Row i stands at position before + i.
+    let rows = (Tensor::arange(own, options) + before).unsqueeze(1);
+    let columns = Tensor::arange(before + own, options).unsqueeze(0);
     let mut is_hidden = columns.gt_tensor(&rows);
     if let Some(window) = window {
         is_hidden = is_hidden.logical_or(&columns.le_tensor(&(rows - window)));
     }
-    let mask = Tensor::zeros([own, prefix + own], (like.kind(), like.device()));
+    let mask = Tensor::zeros([own, before + own], (like.kind(), like.device()));
     Some(mask.masked_fill(&is_hidden, f64::NEG_INFINITY))
 }
 
@@ -198,6 +255,8 @@ unsafe extern "C" {
         heads: i64,
         kv_heads: i64,
         dim: i64,
+        common: i64,
+        ahead: i64,
         window: i64,
         scale: f32,
     );
@@ -219,6 +278,8 @@ unsafe extern "C" {
         heads: i64,
         kv_heads: i64,
         dim: i64,
+        common: i64,
+        ahead: i64,
         window: i64,
         scale: f32,
     );
@@ -259,10 +320,10 @@ fn cpu_attention(
     shape: Shape,
 ) -> Result<Tensor> {
     let saved = [query, key, value].map(|t| t.detach().contiguous());
-    let Shape { tokens, heads, kv_heads, dim, window, scale } = shape;
+    let Shape { tokens, heads, kv_heads, dim, common, ahead, window, scale } = shape;
     let [q, k, v] = &saved;
     let output = no_grad(|| q.empty_like());
-    let row_lse = Tensor::empty([tokens, heads], (Kind::Float, q.device()));
+    let row_lse = Tensor::empty([tokens - ahead, heads], (Kind::Float, q.device()));
     let spans = spans(plan);
     // SAFETY: contiguous CPU tensors of one kind and the sizes given, `Shape::of` checked that the spans lie within
     // them; all outlive the call, which keeps no pointer.
@@ -280,6 +341,8 @@ fn cpu_attention(
             heads,
             kv_heads,
             dim,
+            common,
+            ahead,
             window,
             scale,
         );
@@ -313,6 +376,8 @@ fn cpu_attention(
                 heads,
                 kv_heads,
                 dim,
+                common,
+                ahead,
                 window,
                 scale,
             );
@@ -329,14 +394,12 @@ mod tests {
     use tch::Device;
 
     fn plan() -> Arc<AttentionPlan> {
-        Arc::new(AttentionPlan {
-            segments: vec![
-                Segment { prefix: 0..0, tokens: 0..4 },
-                Segment { prefix: 0..4, tokens: 4..7 },
-                Segment { prefix: 0..4, tokens: 7..9 },
-                Segment { prefix: 9..9, tokens: 9..14 },
-            ],
-        })
+        Arc::new(AttentionPlan::new(vec![
+            Segment { prefix: 0..0, tokens: 0..4 },
+            Segment { prefix: 0..4, tokens: 4..7 },
+            Segment { prefix: 0..4, tokens: 7..9 },
+            Segment { prefix: 9..9, tokens: 9..14 },
+        ]))
     }
 
     /// The definition: one dense mask over all pairs of tokens, in f64.
@@ -384,7 +447,7 @@ mod tests {
     fn segments(parts: &[(Range<i64>, Range<i64>)]) -> Arc<AttentionPlan> {
         let segment =
             |(prefix, tokens): &(Range<i64>, Range<i64>)| Segment { prefix: prefix.clone(), tokens: tokens.clone() };
-        Arc::new(AttentionPlan { segments: parts.iter().map(segment).collect() })
+        Arc::new(AttentionPlan::new(parts.iter().map(segment).collect()))
     }
 
     /// The kernel in f32 and bf16 against libtorch's attention in f64, over tiles of every kind: longer and shorter
@@ -427,6 +490,61 @@ mod tests {
         }
     }
 
+    /// Tokens that all segments see, with queries and without, against copies of them before each sequence.
+    #[test]
+    fn common_tokens_stand_before_every_sequence() {
+        let _lock = crate::random::test_lock();
+        let n = 21;
+        // A prompt with two completions, and a sequence: as one batch, and as three sequences.
+        let plan = segments(&[(0..0, 0..30), (0..30, 30..83), (0..30, 83..90), (0..0, 90..150), (0..0, 150..150)]);
+        let sequences: [Vec<i64>; 3] = [(0..83).collect(), (0..30).chain(83..90).collect(), (90..150).collect()];
+        for (are_queried, window, dim, kind, tolerance) in [
+            (true, None, 8, Kind::Float, 2e-6),
+            (false, None, 64, Kind::Float, 2e-6),
+            (true, Some(25), 20, Kind::Float, 2e-6),
+            (false, Some(40), 16, Kind::Float, 2e-6),
+            (true, None, 16, Kind::BFloat16, 2e-2),
+            (false, Some(25), 16, Kind::Double, 1e-12),
+        ] {
+            let draw = |heads: i64| {
+                Tensor::randn([n + 150, heads, dim], (Kind::Float, Device::Cpu)).to_kind(kind).set_requires_grad(true)
+            };
+            let own = [draw(4), draw(2), draw(2)];
+            let wide = own.each_ref().map(|t| t.detach().to_kind(Kind::Double).set_requires_grad(true));
+            let grad = Tensor::randn([n + 150, 4, dim], (Kind::Float, Device::Cpu)).to_kind(kind);
+            let from = if are_queried { 0 } else { n };
+            let queried = |t: &Tensor| t.narrow(0, from, n + 150 - from);
+            let scale = 1.0 / (dim as f64).sqrt();
+            let common = Arc::new(plan.behind(n, are_queried));
+            let out = packed_attention(&queried(&own[0]), &own[1], &own[2], &common, scale, window).unwrap();
+            crate::autograd::backward(&[out.shallow_clone()], &[queried(&grad)]).unwrap();
+            // What each sequence sees, as one causal run; gradients only of what is asked once.
+            let close = |name: &str, a: &Tensor, b: &Tensor| {
+                let size = b.abs().max().double_value(&[]).max(1.0);
+                let error = (a.to_kind(Kind::Double) - b).abs().max().double_value(&[]) / size;
+                assert!(error < tolerance, "{name}, {are_queried}, window {window:?}, dim {dim}, {kind:?}: {error}");
+            };
+            let mut done: Vec<i64> = if are_queried { vec![] } else { (0..n).collect() };
+            for ids in &sequences {
+                let rows: Vec<i64> = (0..n).chain(ids.iter().map(|id| id + n)).collect();
+                let index = Tensor::from_slice(&rows);
+                let [q, k, v] = wide.each_ref().map(|t| t.index_select(0, &index));
+                let causal = segments(&[(0..0, 0..rows.len() as i64)]);
+                let want = packed_attention(&q, &k, &v, &causal, scale, window).unwrap();
+                let fresh: Vec<i64> = (0..rows.len() as i64).filter(|&i| !done.contains(&rows[i as usize])).collect();
+                let at: Vec<i64> = fresh.iter().map(|&i| rows[i as usize]).collect();
+                let (fresh, at_all) = (Tensor::from_slice(&fresh), Tensor::from_slice(&at));
+                close("out", &out.index_select(0, &(&at_all - from)), &want.index_select(0, &fresh));
+                let upstream = grad.index_select(0, &at_all).to_kind(Kind::Double);
+                crate::autograd::backward(&[want.index_select(0, &fresh)], &[upstream]).unwrap();
+                done.extend(at);
+            }
+            for (name, (a, b)) in ["query", "key", "value"].iter().zip(own.iter().zip(&wide)) {
+                close(name, &a.grad(), &b.grad());
+            }
+        }
+    }
+
     #[test]
     fn what_a_segment_does_not_see_cannot_reach_it() {
         let plan = segments(&[(0..0, 0..20), (0..0, 20..53)]);
@@ -452,6 +570,11 @@ mod tests {
         assert!(run(&zeros(4), &zeros(2), &whole, Some(0)).unwrap_err().contains("window"));
         for parts in [vec![(0..0, 0..7)], vec![(0..0, 0..9)], vec![(0..0, 1..8)], vec![(0..0, 0..4), (2..6, 4..8)]] {
             assert!(run(&zeros(4), &zeros(2), &segments(&parts), None).unwrap_err().contains("plan"), "{parts:?}");
+        }
+        // Common tokens are a segment of their own, or in none.
+        for parts in [vec![(0..0, 0..8)], vec![(0..0, 0..3), (1..3, 3..8)], vec![(0..0, 2..8)]] {
+            let plan = Arc::new(AttentionPlan { common: 3, ..AttentionPlan::clone(&segments(&parts)) });
+            assert!(run(&zeros(4), &zeros(2), &plan, None).unwrap_err().contains("plan"), "{parts:?}");
         }
     }
 }

@@ -34,6 +34,7 @@ pub(crate) fn run(args: Args) -> Result<ExitCode> {
     }
     let config = args.sampling.config(encoder.stop_ids());
     let context = opened.model.config().max_position_embeddings as usize;
+    let context = context.saturating_sub(opened.sites.num_virtual_tokens());
     let system: Vec<Message> = args.system.iter().map(|text| Message::new("system", text.as_str())).collect();
     let mut messages = system.clone();
     let is_terminal = std::io::stdin().is_terminal();

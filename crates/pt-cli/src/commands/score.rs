@@ -40,14 +40,16 @@ pub(crate) fn run(args: Args) -> Result<ExitCode> {
     let opened = args.model.open(&args.weights)?;
     let encoder = opened.encoder()?;
     let context = opened.model.config().max_position_embeddings as usize;
+    let virtual_tokens = opened.sites.num_virtual_tokens();
     let mut groups: Vec<PromptGroup> = Vec::new();
     for row in &rows {
         let group = match row.content {
             RowContent::Preference { .. } => row_to_pair(row, &encoder)?,
             _ => row_to_group(row, &encoder, data.train_turns)?,
         };
-        if group.longest_sequence() > context {
-            let fault = ModelError::TooLong { length: group.longest_sequence(), context };
+        let length = group.longest_sequence() + virtual_tokens;
+        if length > context {
+            let fault = ModelError::TooLong { length, virtual_tokens, context };
             return Err(anyhow::Error::from(fault).context(row.origin.to_string()));
         }
         groups.push(group);

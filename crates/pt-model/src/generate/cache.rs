@@ -1,12 +1,13 @@
 //! Keys and values of the tokens so far, in buffers that are made once and never grow.
 
 use crate::Result;
-use crate::decoder::{Attend, CausalLm};
+use crate::decoder::{Attend, CausalLm, behind};
+use crate::sites::VirtualTokens;
 use pt_tensor::{AttentionPlan, CacheSlot, Segment, Tensor, decode_attention, packed_attention};
 use std::rc::Rc;
 use std::sync::Arc;
 
-/// Per layer `[rows, capacity, num_kv_heads, head_dim]` keys and values.
+/// Per layer `[rows, capacity, num_kv_heads, head_dim]` keys and values; a row begins with the virtual tokens.
 #[derive(Debug)]
 pub(super) struct Cache {
     layers: Vec<(Tensor, Tensor)>,
@@ -33,7 +34,13 @@ pub(super) struct Prefill {
 }
 
 impl Prefill {
-    pub(super) fn new(cache: Rc<Cache>, lengths: Vec<i64>, num_samples: i64) -> Self {
+    pub(super) fn new(
+        cache: Rc<Cache>,
+        lengths: &[i64],
+        num_samples: i64,
+        num_virtual: usize,
+        virtual_tokens: Option<&VirtualTokens>,
+    ) -> Self {
         let mut start = 0;
         let segments = lengths
             .iter()
@@ -42,18 +49,27 @@ impl Prefill {
                 Segment { prefix: start - len..start - len, tokens: start - len..start }
             })
             .collect();
-        Self { cache, plan: Arc::new(AttentionPlan { segments }), num_samples }
+        let plan = behind(&Arc::new(AttentionPlan::new(segments)), num_virtual, virtual_tokens);
+        Self { cache, plan, num_samples }
     }
 }
 
 impl Attend for Prefill {
     fn attend(&self, layer: usize, query: &Tensor, key: &Tensor, value: &Tensor) -> Result<Tensor> {
         let (keys, values) = &self.cache.layers[layer];
-        for (prompt, segment) in self.plan.segments.iter().enumerate() {
+        let common = self.plan.common;
+        let prompts = self.plan.segments.iter().filter(|segment| segment.tokens.start >= common);
+        for (buffer, new) in [(keys, key), (values, value)] {
+            // [rows, common, kv_heads, head_dim] ← [common, kv_heads, head_dim]
+            let mut rows = buffer.narrow(1, 0, common);
+            rows.f_copy_(&new.narrow(0, 0, common).unsqueeze(0).expand_as(&rows))?;
+        }
+        for (prompt, segment) in prompts.enumerate() {
             let (start, len) = (segment.tokens.start, segment.tokens.end - segment.tokens.start);
             for (buffer, new) in [(keys, key), (values, value)] {
                 // [samples, len, kv_heads, head_dim] ← [len, kv_heads, head_dim]
-                let mut rows = buffer.narrow(0, prompt as i64 * self.num_samples, self.num_samples).narrow(1, 0, len);
+                let own = buffer.narrow(0, prompt as i64 * self.num_samples, self.num_samples);
+                let mut rows = own.narrow(1, common, len);
                 rows.f_copy_(&new.narrow(0, start, len).unsqueeze(0).expand_as(&rows))?;
             }
         }

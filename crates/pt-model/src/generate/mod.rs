@@ -4,7 +4,7 @@ mod cache;
 mod sample;
 mod stop;
 
-use crate::decoder::CausalLm;
+use crate::decoder::{CausalLm, routed};
 use crate::sites::Sites;
 use crate::tokenizer::Tokenizer;
 use crate::{ModelError, Result};
@@ -137,19 +137,20 @@ struct Row {
     text: Option<String>,
 }
 
-/// Whether [`generate`] can complete a prompt, so that a bad one among many is found before the work.
+/// Whether [`generate`] can complete a prompt with a method, so that a bad one among many is found before the work.
 ///
 /// # Errors
-/// [`ModelError::TooLong`] for a prompt that leaves no room in the context, [`ModelError::Argument`] for an empty one or a
+/// [`ModelError::TooLong`] for a prompt that leaves no room in the context beside the method's virtual tokens, [`ModelError::Argument`] for an empty one or a
 /// token id outside the vocabulary.
-pub fn check_prompt(model: &CausalLm, prompt: &[i64]) -> Result<()> {
+pub fn check_prompt(model: &CausalLm, prompt: &[i64], sites: &dyn Sites) -> Result<()> {
     let context = model.config().max_position_embeddings as usize;
     let wrong = |found: String, expected: String| Err(ModelError::Argument { what: "prompt".into(), found, expected });
     if prompt.is_empty() {
         return wrong("empty".into(), "at least one token".into());
     }
-    if prompt.len() >= context {
-        return Err(ModelError::TooLong { length: prompt.len() + 1, context });
+    let virtual_tokens = sites.num_virtual_tokens();
+    if prompt.len() + virtual_tokens >= context {
+        return Err(ModelError::TooLong { length: prompt.len() + virtual_tokens + 1, virtual_tokens, context });
     }
     match prompt.iter().find(|&&id| id < 0 || id >= model.config().vocab_size) {
         Some(id) => wrong(id.to_string(), format!("a token id in 0..{}", model.config().vocab_size)),
@@ -188,11 +189,14 @@ pub fn generate(
         return Ok(vec![]);
     }
     let context = model.config().max_position_embeddings as usize;
-    prompts.iter().try_for_each(|prompt| check_prompt(model, prompt))?;
+    let on_all = routed(sites, &(0..prompts.len()).collect::<Vec<_>>())?;
+    prompts.iter().try_for_each(|prompt| check_prompt(model, prompt, on_all.as_ref()))?;
     no_grad(|| {
         let longest = prompts.iter().map(Vec::len).max().unwrap_or(0);
-        let capacity = longest.saturating_add(config.max_new_tokens).min(context);
-        let cache = Rc::new(Cache::new(model, prompts.len() * config.num_samples, capacity));
+        let num_virtual = on_all.num_virtual_tokens();
+        // Tokens of a row, virtual ones aside.
+        let capacity = longest.saturating_add(config.max_new_tokens).min(context - num_virtual);
+        let cache = Rc::new(Cache::new(model, prompts.len() * config.num_samples, num_virtual + capacity));
         let mut rows = Vec::new();
         for (p, prompt) in prompts.iter().enumerate() {
             let prompt = Rc::new(prompt.clone());
@@ -223,14 +227,17 @@ pub fn generate(
             let ids: Vec<i64> = active.iter().filter_map(|&row| rows[row].token_ids.last().copied()).collect();
             let positions: Vec<i64> =
                 active.iter().map(|&row| (rows[row].prompt.len() + rows[row].token_ids.len() - 1) as i64).collect();
-            let slot = |(&row, &position): (&usize, &i64)| CacheSlot { row: rows[row].cache_row, position };
+            let slot = |(&row, &position): (&usize, &i64)| CacheSlot {
+                row: rows[row].cache_row,
+                position: num_virtual as i64 + position,
+            };
             let slots = active.iter().zip(&positions).map(slot).collect();
             let prompt_of_token: Vec<usize> = active.iter().map(|&row| row / config.num_samples).collect();
             let attend = Rc::new(cache::Decode::new(cache.clone(), slots));
             let device = model.device();
             let (ids, positions) =
                 (Tensor::from_slice(&ids).to_device(device), Tensor::from_slice(&positions).to_device(device));
-            let logits = model.step(&ids, &positions, attend, None, &prompt_of_token, sites)?;
+            let logits = model.step(&ids, &positions, None, attend, None, &prompt_of_token, sites)?;
             choose(&mut rows, &active, &logits, config, stops.as_ref(), &mut on_token)?;
         }
         rows.into_iter().map(|row| row.finished(config, tokenizer)).collect()
@@ -280,9 +287,19 @@ fn prefill(
     }
     let device = model.device();
     let tensor = |values: &[i64]| Tensor::from_slice(values).to_device(device);
-    let lengths = prompts.iter().map(|prompt| prompt.len() as i64).collect();
-    let attend = Rc::new(cache::Prefill::new(cache.clone(), lengths, num_samples as i64));
-    model.step(&tensor(&ids), &tensor(&positions), attend, Some(&tensor(&ends)), &prompt_of_token, sites)
+    let lengths: Vec<i64> = prompts.iter().map(|prompt| prompt.len() as i64).collect();
+    let on_all = routed(sites, &prompt_of_token)?;
+    let (num_virtual, ahead) = (on_all.num_virtual_tokens(), on_all.virtual_tokens()?);
+    let attend = cache::Prefill::new(cache.clone(), &lengths, num_samples as i64, num_virtual, ahead.as_ref());
+    model.step(
+        &tensor(&ids),
+        &tensor(&positions),
+        ahead,
+        Rc::new(attend),
+        Some(&tensor(&ends)),
+        &prompt_of_token,
+        sites,
+    )
 }
 
 /// Chooses the next token of each active row from `logits: [active, vocab]` and ends rows that are done.

@@ -155,7 +155,8 @@ fn a_sequence_past_the_context_is_refused() {
         let run = |length| model.hidden_states(&batch(length), &bare(), RunOptions::default());
         assert_eq!(run(context).unwrap().size()[0], context as i64);
         let error = run(context + 1).unwrap_err();
-        let is_named = matches!(error, ModelError::TooLong { length, context: c } if length == c + 1 && c == context);
+        let is_named =
+            matches!(error, ModelError::TooLong { length, context: c, .. } if length == c + 1 && c == context);
         assert!(is_named, "{case}: {error}");
     }
 }
@@ -166,7 +167,7 @@ struct Failing;
 
 impl Sites for Failing {
     fn gap(&self, _layer: usize, _input: &Tensor, _hidden_states: Tensor) -> pt_model::Result<Tensor> {
-        Err(ModelError::TooLong { length: 9, context: 8 })
+        Err(ModelError::TooLong { length: 9, virtual_tokens: 0, context: 8 })
     }
 }
 
@@ -177,7 +178,7 @@ fn an_error_inside_a_checkpointed_layer_stays_itself() {
     let sites: Rc<dyn Sites> = Rc::new(Failing);
     for is_checkpointed in [false, true] {
         let error = model.hidden_states(&batch, &sites, RunOptions { is_checkpointed }).unwrap_err();
-        assert!(matches!(error, ModelError::TooLong { length: 9, context: 8 }), "{error:?}");
+        assert!(matches!(error, ModelError::TooLong { length: 9, context: 8, .. }), "{error:?}");
         assert!(error.hint().is_some());
     }
 }
