@@ -91,9 +91,14 @@ impl Job {
     pub(crate) fn check(&self, pretrained: &Pretrained) -> Result<Checked> {
         let encoder = ModelEncoder::new(pretrained).ok_or_else(|| no_tokenizer(pretrained))?;
         let context = pretrained.config.max_position_embeddings as usize;
-        if self.config.data.max_length > context {
+        let virtual_tokens = self.config.method().map_or(0, |method| method.num_virtual_tokens());
+        if self.config.data.max_length.saturating_add(virtual_tokens) > context {
+            let beside = match virtual_tokens {
+                0 => String::new(),
+                count => format!(", of which {count} are for the adapter's virtual tokens"),
+            };
             bail!(talk::Usage(format!(
-                "data.max_length is {}, the model's context is {context}",
+                "data.max_length is {}, the model's context is {context}{beside}",
                 self.config.data.max_length
             )));
         }

@@ -40,7 +40,7 @@ pub trait Adapter: Sites {
     }
 
     /// Whether its folder holds another adapter of the same values, and not its own tensors: one that starts from the
-    /// model's weights (PiSSA) is saved as what it adds to them.
+    /// model's weights (PiSSA) is saved as what it adds to them, a projected prefix as what the projection gives.
     fn is_saved_converted(&self) -> bool {
         false
     }
@@ -68,8 +68,8 @@ pub trait Adapter: Sites {
         inner(hidden_states)
     }
 
-    /// Names of parameters that the method replaces whole, and the output layer's weight where it changes what that
-    /// gives; two adapters cannot both replace one.
+    /// Names of parameters that the method replaces whole, the output layer's weight where it changes what that gives,
+    /// and `prompt_embeddings` where it brings virtual tokens; two adapters cannot both replace one.
     fn replaced_parameters(&self) -> Vec<&str> {
         vec![]
     }

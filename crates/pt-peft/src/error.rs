@@ -187,7 +187,8 @@ impl PeftError {
                 Some("the file looks transposed: lora_A is [rank, in_features], lora_B is [out_features, rank]".into())
             }
             Self::Keys { shapes, .. } if !shapes.is_empty() => Some(
-                "the adapter was trained on a model of another size, or `r` in adapter_config.json is not its rank"
+                "the adapter was trained on a model of another size, or adapter_config.json (`r`, `num_virtual_tokens`) \
+                 is not this file's"
                     .into(),
             ),
             Self::Keys { .. } => {

@@ -21,6 +21,8 @@
 //! | `ia3` | IA3: vectors that scale outputs or inputs |
 //! | `bitfit` | BitFit: biases alone |
 //! | `bottleneck` | adapters of Houlsby, Pfeiffer and He, in AdapterHub's files |
+//! | `prompt_tuning` | trained embeddings before every sequence |
+//! | `prefix_tuning` | trained keys and values before every sequence |
 //! | `adapter` | the trait |
 //! | `set` | several adapters over one model, one or several for all prompts or one for each |
 //! | `target` | which layers a method goes on |
@@ -43,10 +45,13 @@ mod ia3;
 mod init;
 mod lora;
 mod method;
+mod prefix_tuning;
+mod prompt_tuning;
 mod saved;
 mod set;
 mod target;
 pub mod testing;
+mod virtual_tokens;
 
 pub use adapter::Adapter;
 pub use base::Base;
@@ -61,5 +66,7 @@ pub use files::{CONFIG_FILE, TENSOR_FILE};
 pub use ia3::{Ia3Adapter, Ia3Config};
 pub use lora::{BiasMode, LoraAdapter, LoraConfig, LoraInit, TokenIndices, lora_linear};
 pub use method::{Method, MethodConfig, load_adapter};
+pub use prefix_tuning::{PrefixInit, PrefixTuningAdapter, PrefixTuningConfig};
+pub use prompt_tuning::{PromptInit, PromptTuningAdapter, PromptTuningConfig};
 pub use set::AdapterSet;
 pub use target::{Strictness, Targets, pattern_value, saved_parameters, target_layers};

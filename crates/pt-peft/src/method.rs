@@ -4,7 +4,7 @@ use crate::config::read_json;
 use crate::files::{ADAPTER_HUB, CONFIG_FILE, TENSOR_FILE, check_has_settings};
 use crate::{
     Adapter, BitfitAdapter, BitfitConfig, BottleneckAdapter, BottleneckConfig, Ia3Adapter, Ia3Config, LoraAdapter,
-    LoraConfig, PeftError, Result,
+    LoraConfig, PeftError, PrefixTuningAdapter, PrefixTuningConfig, PromptTuningAdapter, PromptTuningConfig, Result,
 };
 use pt_model::{CausalLm, Tokenizer};
 use schemars::JsonSchema;
@@ -26,11 +26,16 @@ pub enum Method {
     Bitfit,
     /// Small networks after or beside attention and MLP.
     Bottleneck,
+    /// Trained embeddings before every sequence.
+    PromptTuning,
+    /// Trained keys and values before every sequence, in every layer.
+    PrefixTuning,
 }
 
 impl Method {
     /// Every method.
-    pub const ALL: [Self; 4] = [Self::Lora, Self::Ia3, Self::Bitfit, Self::Bottleneck];
+    pub const ALL: [Self; 6] =
+        [Self::Lora, Self::Ia3, Self::Bitfit, Self::Bottleneck, Self::PromptTuning, Self::PrefixTuning];
 
     /// Its name in configurations: the section of its settings.
     pub fn name(self) -> &'static str {
@@ -39,6 +44,8 @@ impl Method {
             Self::Ia3 => "ia3",
             Self::Bitfit => "bitfit",
             Self::Bottleneck => "bottleneck",
+            Self::PromptTuning => "prompt_tuning",
+            Self::PrefixTuning => "prefix_tuning",
         }
     }
 }
@@ -54,6 +61,10 @@ pub enum MethodConfig {
     Bitfit(BitfitConfig),
     /// See [`BottleneckConfig`].
     Bottleneck(BottleneckConfig),
+    /// See [`PromptTuningConfig`].
+    PromptTuning(PromptTuningConfig),
+    /// See [`PrefixTuningConfig`].
+    PrefixTuning(PrefixTuningConfig),
 }
 
 impl MethodConfig {
@@ -64,6 +75,8 @@ impl MethodConfig {
             Self::Ia3(_) => Method::Ia3,
             Self::Bitfit(_) => Method::Bitfit,
             Self::Bottleneck(_) => Method::Bottleneck,
+            Self::PromptTuning(_) => Method::PromptTuning,
+            Self::PrefixTuning(_) => Method::PrefixTuning,
         }
     }
 
@@ -85,6 +98,8 @@ impl MethodConfig {
             Self::Ia3(config) => config.validate(),
             Self::Bitfit(config) => config.validate(),
             Self::Bottleneck(config) => config.validate(),
+            Self::PromptTuning(config) => config.validate(),
+            Self::PrefixTuning(config) => config.validate(),
         }
     }
 
@@ -106,11 +121,15 @@ impl MethodConfig {
             Some("LORA") => Ok(Self::Lora(LoraConfig::from_peft_file(&path)?)),
             Some("IA3") => Ok(Self::Ia3(Ia3Config::from_peft_file(&path)?)),
             Some("BITFIT") => Ok(Self::Bitfit(BitfitConfig::from_file(&path)?)),
+            Some("PROMPT_TUNING") => Ok(Self::PromptTuning(PromptTuningConfig::from_peft_file(&path)?)),
+            Some("PREFIX_TUNING") => Ok(Self::PrefixTuning(PrefixTuningConfig::from_peft_file(&path)?)),
             _ => Err(PeftError::Field {
                 path,
                 field: "peft_type".into(),
                 found: if found.is_null() { "missing".into() } else { found.to_string() },
-                expected: "a method that is known here: \"LORA\", \"IA3\" or \"BITFIT\"".into(),
+                expected: "a method that is known here: \"LORA\", \"IA3\", \"BITFIT\", \"PROMPT_TUNING\" or \
+                           \"PREFIX_TUNING\""
+                    .into(),
             }),
         }
     }
@@ -125,6 +144,8 @@ impl MethodConfig {
             Self::Ia3(config) => serde_json::to_value(config),
             Self::Bitfit(config) => serde_json::to_value(config),
             Self::Bottleneck(config) => serde_json::to_value(config),
+            Self::PromptTuning(config) => serde_json::to_value(config),
+            Self::PrefixTuning(config) => serde_json::to_value(config),
         };
         value.map_err(|source| PeftError::Json { path: CONFIG_FILE.into(), source })
     }
@@ -136,20 +157,48 @@ impl MethodConfig {
             Self::Ia3(config) => &mut config.base_model_name_or_path,
             Self::Bitfit(config) => &mut config.base_model_name_or_path,
             Self::Bottleneck(config) => &mut config.base_model_name_or_path,
+            Self::PromptTuning(config) => &mut config.base_model_name_or_path,
+            Self::PrefixTuning(config) => &mut config.base_model_name_or_path,
         };
         field.get_or_insert_with(|| name.into());
+    }
+
+    /// Virtual tokens that stand before every sequence and take room in the model's context.
+    pub fn num_virtual_tokens(&self) -> usize {
+        match self {
+            Self::PromptTuning(config) => config.num_virtual_tokens.max(0) as usize,
+            Self::PrefixTuning(config) => config.num_virtual_tokens.max(0) as usize,
+            _ => 0,
+        }
+    }
+
+    /// Whether training can go on from the adapter in a folder with these settings.
+    ///
+    /// # Errors
+    /// [`PeftError::State`], and why, where the folder does not hold what was trained.
+    pub fn check_can_go_on(&self, folder: &Path) -> Result<()> {
+        match self {
+            Self::PrefixTuning(config) if config.prefix_projection => Err(PeftError::State(format!(
+                "{}: the prefix was trained through a projection, and the file holds what that gave, not the projection: \
+                 training cannot go on from it. Resume the run that made it, or train a new prefix",
+                folder.display()
+            ))),
+            _ => Ok(()),
+        }
     }
 
     /// A new adapter for a model. Methods that start from a text need the model's tokenizer.
     ///
     /// # Errors
     /// Those of the method.
-    pub fn create(&self, model: &CausalLm, _tokenizer: Option<&Tokenizer>, seed: u64) -> Result<Rc<dyn Adapter>> {
+    pub fn create(&self, model: &CausalLm, tokenizer: Option<&Tokenizer>, seed: u64) -> Result<Rc<dyn Adapter>> {
         Ok(match self {
             Self::Lora(config) => Rc::new(LoraAdapter::new(config.clone(), model, seed)?),
             Self::Ia3(config) => Rc::new(Ia3Adapter::new(config.clone(), model)?),
             Self::Bitfit(config) => Rc::new(BitfitAdapter::new(config.clone(), model)?),
             Self::Bottleneck(config) => Rc::new(BottleneckAdapter::new(config.clone(), model, seed)?),
+            Self::PromptTuning(config) => Rc::new(PromptTuningAdapter::new(config.clone(), model, tokenizer, seed)?),
+            Self::PrefixTuning(config) => Rc::new(PrefixTuningAdapter::new(config.clone(), model, seed)?),
         })
     }
 }
@@ -164,5 +213,7 @@ pub fn load_adapter(folder: &Path, model: &CausalLm) -> Result<Rc<dyn Adapter>> 
         MethodConfig::Ia3(_) => Rc::new(Ia3Adapter::load(folder, model)?),
         MethodConfig::Bitfit(_) => Rc::new(BitfitAdapter::load(folder, model)?),
         MethodConfig::Bottleneck(_) => Rc::new(BottleneckAdapter::load(folder, model)?),
+        MethodConfig::PromptTuning(_) => Rc::new(PromptTuningAdapter::load(folder, model)?),
+        MethodConfig::PrefixTuning(_) => Rc::new(PrefixTuningAdapter::load(folder, model)?),
     })
 }

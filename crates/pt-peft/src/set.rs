@@ -3,7 +3,7 @@
 use crate::adapter::Adapter;
 use crate::error::to_model;
 use crate::{PeftError, Result};
-use pt_model::{Bare, BranchSite, Linear, Sites};
+use pt_model::{Bare, BranchSite, Linear, Sites, VirtualTokens};
 use pt_tensor::{Device, Tensor};
 use std::cell::{Cell, OnceCell, RefCell};
 use std::rc::Rc;
@@ -205,6 +205,16 @@ impl Sites for AdapterSet {
         live.iter().try_fold(hidden_states, |hidden_states, adapter| adapter.gap(layer, input, hidden_states))
     }
 
+    fn num_virtual_tokens(&self) -> usize {
+        self.live().map_or(0, |live| live.iter().map(|adapter| adapter.num_virtual_tokens()).sum())
+    }
+
+    fn virtual_tokens(&self) -> pt_model::Result<Option<VirtualTokens>> {
+        // Only one of the active ones has any: see `Adapter::replaced_parameters`.
+        let live = self.live().map_err(to_model)?;
+        live.iter().find_map(|adapter| adapter.virtual_tokens().transpose()).transpose()
+    }
+
     fn parameter(&self, path: &str) -> Option<Tensor> {
         self.live().ok()?.iter().find_map(|adapter| adapter.parameter(path))
     }
@@ -264,6 +274,15 @@ impl Routed {
                 Some(adapter) => adapter,
                 None => Rc::new(Bare),
             });
+        }
+        for (name, _) in &by_name {
+            if adapter_of(*name)?.is_some_and(|adapter| adapter.num_virtual_tokens() > 0) {
+                let name = name.map_or("", String::as_str);
+                return Err(PeftError::State(format!(
+                    "`{name}` brings virtual tokens, which stand before every sequence of a batch: route all prompts of \
+                     the batch to it, or none"
+                )));
+            }
         }
         let laid: Vec<i64> = by_name.iter().flat_map(|(_, tokens)| tokens).copied().collect();
         let mut order = vec![0; laid.len()];

@@ -125,14 +125,15 @@ pub fn adapter_laws(subject: &Subject<'_>, model: &mut CausalLm, sequences: &[Ve
             assert!(name == other && a.equal(&b), "`{name}` survives saving and loading");
         }
     }
-    let sites: Rc<dyn Sites> = loaded;
-    let off = distance(&logits(model, &sites, sequences)?, &on);
+    let loaded: Rc<dyn Sites> = loaded;
+    let off = distance(&logits(model, &loaded, sequences)?, &on);
     let allowed = if is_itself { 0.0 } else { subject.tolerance };
     assert!(off <= allowed, "saved and loaded, it gives the same values; off by {off:e}");
 
     // A step may have left the update small; the gradients are checked where it is not.
     disturb(adapter.as_ref(), 0.05);
-    adapter_gradients(adapter.as_ref(), model)
+    adapter_gradients(adapter.as_ref(), model)?;
+    gradients_outside_layers(adapter.as_ref(), &sites, model, sequences)
 }
 
 /// Decoding with a key/value cache is running the whole sequence.
@@ -312,6 +313,47 @@ fn adapter_gradients(adapter: &dyn Adapter, model: &CausalLm) -> Result<()> {
             let error = (slope - norm).abs() / norm;
             assert!(error < 1e-2, "{}: gradient of {name} is {norm}, finite differences give {slope}", layer.path);
         }
+    }
+    Ok(())
+}
+
+/// Checks the gradients of values that belong to no linear layer, such as a norm's or virtual tokens': along each, finite
+/// differences of the whole model's loss must give its norm.
+fn gradients_outside_layers(
+    adapter: &dyn Adapter,
+    sites: &Rc<dyn Sites>,
+    model: &CausalLm,
+    sequences: &[Vec<i64>],
+) -> Result<()> {
+    let groups: Vec<PromptGroup> =
+        sequences.iter().map(|ids| PromptGroup::single(vec![], Completion::new(ids.clone()))).collect();
+    let batch = PackedBatch::new(&groups, model.device())?;
+    let loss = || -> Result<f64> {
+        let out = model.label_logprobs(&batch, sites, RunOptions::default(), &LabelLogprobs::default())?;
+        Ok(-out.logprobs.sum(Kind::Double).double_value(&[]))
+    };
+    let (_, grads) = gradients(adapter, sites, model, &groups, RunOptions::default())?;
+    for ((name, grad), (_, mut tensor)) in grads.iter().zip(adapter.parameters()) {
+        let is_of = |layer: &Linear| name.strip_prefix(layer.path.as_str()).is_some_and(|rest| rest.starts_with('.'));
+        if model.linear_layers().any(is_of) || !adapter.is_gradient_exact(name) {
+            continue;
+        }
+        let norm = grad.norm().double_value(&[]);
+        assert!(norm > 0.0, "the gradient of `{name}` is zero");
+        let (direction, before) = (grad / norm, tensor.detach().copy());
+        let mut at = |factor: f64| -> Result<f64> {
+            no_grad(|| {
+                tensor.copy_(&(&before + &direction * factor));
+                let value = loss();
+                tensor.copy_(&before);
+                value
+            })
+        };
+        // Far enough for f32 to tell the two losses apart, near enough for the loss to be straight.
+        let step = (0.1 / norm).clamp(1e-3, 5e-3);
+        let slope = (at(step)? - at(-step)?) / (2.0 * step);
+        let error = (slope - norm).abs() / norm;
+        assert!(error < 1e-2, "the gradient of `{name}` is {norm}, finite differences of the loss give {slope}");
     }
     Ok(())
 }

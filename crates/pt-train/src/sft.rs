@@ -8,7 +8,9 @@ use crate::schedule::ScheduleConfig;
 use crate::step::{Optimization, finite, first_not_finite};
 use crate::tensorboard::EventWriter;
 use pt_model::{CausalLm, PackedBatch, RunOptions, Sites};
-use pt_peft::{BitfitConfig, BottleneckConfig, Ia3Config, LoraConfig, Method, MethodConfig};
+use pt_peft::{
+    BitfitConfig, BottleneckConfig, Ia3Config, LoraConfig, Method, MethodConfig, PrefixTuningConfig, PromptTuningConfig,
+};
 use pt_tensor::io::{SafetensorsReader, save_safetensors};
 use pt_tensor::{AdamWConfig, Device, LabelLogprobs, Tensor, no_grad, peak_memory_bytes};
 use schemars::JsonSchema;
@@ -62,6 +64,10 @@ pub struct SftConfig {
     pub bitfit: BitfitConfig,
     /// Bottleneck adapters.
     pub bottleneck: BottleneckConfig,
+    /// Prompt tuning, which wants a learning rate of 1e-2 to 3e-1.
+    pub prompt_tuning: PromptTuningConfig,
+    /// Prefix tuning, which wants a learning rate of 1e-3 to 1e-2.
+    pub prefix_tuning: PrefixTuningConfig,
 }
 
 impl Default for SftConfig {
@@ -87,6 +93,8 @@ impl Default for SftConfig {
             ia3: Ia3Config::default(),
             bitfit: BitfitConfig::default(),
             bottleneck: BottleneckConfig::default(),
+            prompt_tuning: PromptTuningConfig::default(),
+            prefix_tuning: PrefixTuningConfig::default(),
         }
     }
 }
@@ -128,6 +136,8 @@ impl SftConfig {
             Method::Ia3 => MethodConfig::Ia3(self.ia3.clone()),
             Method::Bitfit => MethodConfig::Bitfit(self.bitfit.clone()),
             Method::Bottleneck => MethodConfig::Bottleneck(self.bottleneck.clone()),
+            Method::PromptTuning => MethodConfig::PromptTuning(self.prompt_tuning.clone()),
+            Method::PrefixTuning => MethodConfig::PrefixTuning(self.prefix_tuning.clone()),
         })
     }
 
@@ -139,6 +149,8 @@ impl SftConfig {
             MethodConfig::Ia3(config) => self.ia3 = config,
             MethodConfig::Bitfit(config) => self.bitfit = config,
             MethodConfig::Bottleneck(config) => self.bottleneck = config,
+            MethodConfig::PromptTuning(config) => self.prompt_tuning = config,
+            MethodConfig::PrefixTuning(config) => self.prefix_tuning = config,
         }
     }
 

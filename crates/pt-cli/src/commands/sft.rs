@@ -235,6 +235,7 @@ fn take_settings_of(adapter: &Path, config: &mut SftConfig, sets: &[(String, Str
         return Err(Usage(text.into()).into());
     }
     let settings = MethodConfig::from_folder(adapter)?;
+    settings.check_can_go_on(adapter)?;
     let is_of_method = |key: &str| {
         let section = key.split('.').next().unwrap_or(key);
         section == "peft" || Method::ALL.iter().any(|method| method.name() == section)

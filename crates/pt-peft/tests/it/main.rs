@@ -8,6 +8,7 @@ mod golden;
 mod golden_methods;
 mod laws;
 mod set;
+mod virtual_tokens;
 
 use pt_model::{CausalLm, LinearFormat, Pretrained};
 use pt_tensor::{Device, Kind, Nf4Arithmetic, Nf4Options};
