@@ -65,6 +65,7 @@ pub use error::{PeftError, Result};
 pub use files::{CONFIG_FILE, TENSOR_FILE};
 pub use ia3::{Ia3Adapter, Ia3Config};
 pub use lora::{BiasMode, LoraAdapter, LoraConfig, LoraInit, TokenIndices, lora_linear};
+pub use lora::{Combination, MajoritySign, Pruning, Sum};
 pub use method::{Method, MethodConfig, load_adapter};
 pub use prefix_tuning::{PrefixInit, PrefixTuningAdapter, PrefixTuningConfig};
 pub use prompt_tuning::{PromptInit, PromptTuningAdapter, PromptTuningConfig};

@@ -74,6 +74,19 @@ impl Factors {
         all
     }
 
+    /// Rows of A.
+    pub(super) fn rank(&self) -> i64 {
+        self.a.size()[0]
+    }
+
+    /// Overwrites A and B.
+    pub(super) fn set(&self, (a, b): &(Tensor, Tensor)) {
+        no_grad(|| {
+            self.a.shallow_clone().copy_(a);
+            self.b.shallow_clone().copy_(b);
+        });
+    }
+
     /// A and B in `kind`, without a graph.
     fn in_kind(&self, kind: Kind) -> Result<(Tensor, Tensor)> {
         if self.a.kind() == kind {

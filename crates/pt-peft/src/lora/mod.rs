@@ -3,6 +3,7 @@
 
 mod bias;
 mod build;
+mod combine;
 mod config;
 mod dora;
 mod embedding;
@@ -11,6 +12,7 @@ mod linear;
 mod options;
 mod start;
 
+pub use combine::{Combination, MajoritySign, Pruning, Sum};
 pub use config::LoraConfig;
 pub use linear::lora_linear;
 pub use options::{BiasMode, LoraInit, TokenIndices};

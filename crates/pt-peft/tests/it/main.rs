@@ -3,6 +3,7 @@
 
 mod bitfit;
 mod bottleneck;
+mod combine;
 mod files;
 mod golden;
 mod golden_methods;
