@@ -1,6 +1,7 @@
 //! Several updates made one, with weights: task arithmetic, concatenation, SVD, TIES and DARE.
 
 use super::factors::Factors;
+use super::start::svd;
 use super::{LoraAdapter, LoraConfig};
 use crate::base::Base;
 use crate::config::Modules;
@@ -308,7 +309,7 @@ impl Combination {
 
 /// U·S and Vᵀ of the `rank` largest singular values.
 fn cut(matrix: &Tensor, rank: i64) -> Result<(Tensor, Tensor)> {
-    let (u, s, vh) = Tensor::f_linalg_svd(matrix, false, "")?;
+    let (u, s, vh) = svd(matrix)?;
     let count = rank.min(s.size()[0]);
     Ok((u.narrow(1, 0, count) * s.narrow(0, 0, count), vh.narrow(0, 0, count)))
 }

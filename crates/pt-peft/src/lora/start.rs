@@ -124,7 +124,7 @@ impl Place<'_> {
 }
 
 /// U, S and Vᵀ of a matrix, as many as its shorter side.
-fn svd(matrix: &Tensor) -> Result<(Tensor, Tensor, Tensor)> {
+pub(super) fn svd(matrix: &Tensor) -> Result<(Tensor, Tensor, Tensor)> {
     let (u, s, v) = matrix.f_svd(true, true)?;
     Ok((u, s, v.tr()))
 }

@@ -95,7 +95,7 @@ fn check(case: &Path) {
     for (own, tensor) in adapter.parameters() {
         close(&format!("gradient of {own}"), &tensor.grad(), &format!("grad.{}", theirs(&own)), 1e-5);
     }
-    let mut optimizer = AdamW::new(adapter.parameters(), config);
+    let mut optimizer = AdamW::new(adapter.parameters(), config).unwrap();
     optimizer.step(number("learning_rate")).unwrap();
     for (own, tensor) in adapter.parameters() {
         close(&format!("{own} after a step"), &tensor.detach(), &format!("step.{}", theirs(&own)), 1e-5);
