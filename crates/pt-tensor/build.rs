@@ -5,7 +5,9 @@ use std::path::PathBuf;
 use std::process::Command;
 
 fn main() {
-    for file in ["csrc/shim.cpp", "csrc/fused.cpp", "csrc/attention.cpp", "csrc/decode.cpp", "csrc/simd.h"] {
+    for file in
+        ["csrc/shim.cpp", "csrc/fused.cpp", "csrc/attention.cpp", "csrc/decode.cpp", "csrc/memory.cpp", "csrc/simd.h"]
+    {
         println!("cargo:rerun-if-changed={file}");
     }
     println!("cargo:rerun-if-env-changed=LIBTORCH");
@@ -34,7 +36,7 @@ fn main() {
         // The sums marked `omp simd` vectorize with or without OpenMP's threads.
         .flag_if_supported("-fopenmp-simd")
         .warnings(false)
-        .files(["csrc/shim.cpp", "csrc/fused.cpp", "csrc/attention.cpp", "csrc/decode.cpp"]);
+        .files(["csrc/shim.cpp", "csrc/fused.cpp", "csrc/attention.cpp", "csrc/decode.cpp", "csrc/memory.cpp"]);
     if env::var("CARGO_CFG_TARGET_OS").as_deref() == Ok("linux") {
         // libtorch's thread pool is OpenMP there; its own libgomp is the one that gets loaded.
         build.flag("-fopenmp");

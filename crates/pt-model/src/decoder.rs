@@ -7,18 +7,18 @@ use crate::batch::PackedBatch;
 use crate::config::{Activation, Architecture, ModelConfig};
 use crate::load::{Pretrained, TensorSource};
 use crate::rope::Rope;
-use crate::sites::{Branch, BranchSite, Linear, Sites, VirtualTokens};
+use crate::sites::{Branch, BranchSite, GapSite, Linear, Past, Sites, TokenOrder, Tokens, VirtualTokens};
 use crate::{ModelError, Result};
 use pt_tensor::{
     AttentionPlan, DenseWeight, Device, Kind, LabelLogprobs, LabelOutput, Nf4Arithmetic, Nf4Options, Nf4Weight, Tensor,
     TensorError, Weight, packed_attention,
 };
-use std::cell::RefCell;
+use std::cell::{OnceCell, RefCell};
 use std::rc::Rc;
 use std::sync::Arc;
 
 /// Where attention finds its keys and values.
-pub(crate) trait Attend {
+pub(crate) trait Attend: Tokens {
     /// `query: [tokens, num_heads, head_dim]`, `key`, `value`: `[tokens, num_kv_heads, head_dim]` of layer `layer`,
     /// rotated; returns query's shape. Virtual tokens that are given as keys and values stand before the others there,
     /// and have no query.
@@ -29,6 +29,14 @@ struct Packed {
     plan: Arc<AttentionPlan>,
     scale: f64,
     window: Option<i64>,
+    order: OnceCell<Rc<TokenOrder>>,
+}
+
+impl Tokens for Packed {
+    fn past(&self, _layer: usize, input: &Tensor, _reach: usize) -> Result<Past> {
+        let order = self.order.get_or_init(|| Rc::new(TokenOrder::of(&self.plan))).clone();
+        Ok(Past { rows: input.shallow_clone(), order })
+    }
 }
 
 impl Attend for Packed {
@@ -146,7 +154,8 @@ impl Layer {
             }
         };
         let branch = sites.branch(&site(Branch::Mlp, &hidden_states, &normed), branch)?;
-        sites.gap(self.index, input, hidden_states + branch)
+        let site = GapSite { layer: self.index, input, tokens: attend };
+        sites.gap(&site, hidden_states + branch)
     }
 
     fn linears(&self) -> Vec<&Linear> {
@@ -561,7 +570,8 @@ impl CausalLm {
     fn run_packed(&self, batch: &PackedBatch, sites: &Rc<dyn Sites>, options: RunOptions) -> Result<Tensor> {
         let ahead = sites.virtual_tokens()?;
         let plan = behind(&batch.plan, sites.num_virtual_tokens(), ahead.as_ref());
-        let attend = Packed { plan, scale: self.attention_scale(), window: self.config.sliding_window };
+        let attend =
+            Packed { plan, scale: self.attention_scale(), window: self.config.sliding_window, order: OnceCell::new() };
         self.run(&batch.input_ids, &batch.positions, ahead, Rc::new(attend), sites, options)
     }
 

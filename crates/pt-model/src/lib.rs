@@ -50,5 +50,5 @@ pub use generate::{FinishReason, GenerateConfig, Generated, check_prompt, genera
 pub use load::{Pretrained, TensorSource};
 pub use pt_tensor::{AttentionPlan, Segment};
 pub use quantize::{quantize_checkpoint, quantized_config};
-pub use sites::{Bare, Branch, BranchSite, Linear, Sites, VirtualTokens};
+pub use sites::{Bare, Branch, BranchSite, GapSite, Linear, Past, Sites, TokenOrder, Tokens, VirtualTokens};
 pub use tokenizer::Tokenizer;

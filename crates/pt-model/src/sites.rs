@@ -4,7 +4,7 @@
 //! model and critic are one model run with different `Sites`: the reference is the policy without its adapter.
 
 use crate::Result;
-use pt_tensor::{DenseWeight, Tensor, Weight};
+use pt_tensor::{AttentionPlan, DenseWeight, Segment, Tensor, Weight};
 use std::rc::Rc;
 
 /// A linear layer and its place: the module path of the Hugging Face checkpoint and a running index.
@@ -75,6 +75,79 @@ pub enum VirtualTokens {
     KeysValues(Vec<(Tensor, Tensor)>),
 }
 
+/// Rows of hidden states in their sequences: which stands behind which.
+///
+/// A completion continues from its prompt, so rows of several completions may stand behind one row.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct TokenOrder {
+    /// The row before each in its sequence; none at a sequence's start, or where that row is out of reach.
+    pub previous: Vec<Option<usize>>,
+    /// Position of each row in its sequence.
+    pub positions: Vec<i64>,
+    /// The rows that are the tokens of this pass, in their order; none where all rows are.
+    pub own: Option<Vec<usize>>,
+}
+
+impl TokenOrder {
+    /// The order of a packed batch.
+    pub(crate) fn of(plan: &AttentionPlan) -> Self {
+        let (mut previous, mut positions) = (Vec::new(), Vec::new());
+        // Common tokens with keys and values only have no row; those with rows are a sequence of their own here.
+        let ahead = plan.ahead();
+        for Segment { prefix, tokens } in &plan.segments {
+            let start = (!prefix.is_empty()).then(|| (prefix.end - ahead - 1) as usize);
+            for (offset, token) in tokens.clone().enumerate() {
+                previous.push(if offset == 0 { start } else { Some((token - ahead - 1) as usize) });
+                positions.push(prefix.end - prefix.start + offset as i64);
+            }
+        }
+        Self { previous, positions, own: None }
+    }
+}
+
+/// What a layer has read of the tokens of a pass and of those before them.
+#[derive(Debug)]
+pub struct Past {
+    /// `[rows, hidden_size]`
+    pub rows: Tensor,
+    /// How the rows follow each other; the same value in every layer of a pass.
+    pub order: Rc<TokenOrder>,
+}
+
+impl Past {
+    pub(crate) fn shared(&self) -> Self {
+        Self { rows: self.rows.shallow_clone(), order: self.order.clone() }
+    }
+}
+
+/// The tokens of a forward pass, for methods that look back over a sequence.
+pub trait Tokens {
+    /// What layer `layer` has read, `input: [tokens, hidden_size]` of this pass among it, with at least the `reach` tokens
+    /// before each of this pass where there are so many. With a key/value cache the tokens before come out of what
+    /// earlier passes left; a method asks for the same reach in every pass.
+    ///
+    /// # Errors
+    /// When the shapes do not fit.
+    fn past(&self, layer: usize, input: &Tensor, reach: usize) -> Result<Past>;
+}
+
+/// The gap behind a layer, and what a method finds there.
+#[derive(Clone, Copy)]
+pub struct GapSite<'a> {
+    /// The layer, counted from 0.
+    pub layer: usize,
+    /// What the layer read, `[tokens, hidden_size]`.
+    pub input: &'a Tensor,
+    /// The tokens and those before them.
+    pub tokens: &'a dyn Tokens,
+}
+
+impl std::fmt::Debug for GapSite<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("GapSite").field("layer", &self.layer).field("input", self.input).finish_non_exhaustive()
+    }
+}
+
 /// What a method does at each place; the defaults leave the model as it is.
 ///
 /// Law: a method at its neutral start (LoRA with B = 0, say) gives the values of [`Bare`].
@@ -116,11 +189,11 @@ pub trait Sites: std::fmt::Debug {
         Ok(output)
     }
 
-    /// The hidden states between layer `layer` and the next, `[tokens, hidden_size]`; `input` is what the layer read.
+    /// The hidden states between a layer and the next, `[tokens, hidden_size]`.
     ///
     /// # Errors
     /// When the shapes do not fit.
-    fn gap(&self, _layer: usize, _input: &Tensor, hidden_states: Tensor) -> Result<Tensor> {
+    fn gap(&self, _site: &GapSite<'_>, hidden_states: Tensor) -> Result<Tensor> {
         Ok(hidden_states)
     }
 

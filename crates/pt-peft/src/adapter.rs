@@ -95,6 +95,14 @@ pub trait Adapter: Sites {
     fn unmerge_from(&self, model: &mut CausalLm) -> Result<()>;
 }
 
+/// A trained leaf as a computation wants it: itself where a graph is recorded, else without the wish for a gradient, so
+/// that kernels without a backward pass may be chosen.
+pub(crate) fn for_use(leaf: &Tensor) -> Tensor {
+    // tch does not tell whether a graph is recorded; the product of nothing does. (A view of a leaf keeps its wish.)
+    let is_recorded = (leaf.flatten(0, -1).narrow(0, 0, 0) * 1.0).requires_grad();
+    if is_recorded { leaf.shallow_clone() } else { leaf.detach() }
+}
+
 /// A weight that a merge puts into a layer, and a bias where that changes too.
 pub(crate) struct NewWeight {
     /// [`Linear::index`].

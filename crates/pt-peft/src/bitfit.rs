@@ -1,6 +1,6 @@
 //! BitFit: only biases are trained.
 
-use crate::adapter::{Adapter, Merged, NewWeight, State};
+use crate::adapter::{Adapter, Merged, NewWeight, State, for_use};
 use crate::base::Base;
 use crate::config::{Fields, Modules, read_json};
 use crate::error::to_model;
@@ -176,8 +176,8 @@ impl Biases {
         }
     }
 
-    fn get(&self, layer: &Linear) -> Option<&Tensor> {
-        if self.by_path.is_empty() { None } else { self.by_path.get(&layer.path).map(|bias| &bias.value) }
+    fn get(&self, layer: &Linear) -> Option<&Bias> {
+        if self.by_path.is_empty() { None } else { self.by_path.get(&layer.path) }
     }
 
     /// The layer with its trained bias; none where its bias is not trained.
@@ -185,22 +185,25 @@ impl Biases {
     /// Nothing is kept for the backward pass: the gradient of a bias is a sum over the gradient of the output.
     pub(crate) fn linear(&self, layer: &Linear, hidden_states: &Tensor) -> Result<Option<Tensor>> {
         let Some(bias) = self.get(layer) else { return Ok(None) };
-        // A view asks for a gradient only where a graph is recorded, which decoding is fast without.
-        let bias = bias.alias().to_kind(hidden_states.kind());
-        Ok(Some(layer.weight.project(hidden_states, Some(&bias))?))
+        let value = for_use(&bias.value).to_kind(hidden_states.kind());
+        if bias.is_new {
+            // Added to the product that the base has: one with a bias of zero may sum in another order.
+            return Ok(Some(layer.weight.project(hidden_states, None)? + value));
+        }
+        Ok(Some(layer.weight.project(hidden_states, Some(&value))?))
     }
 
     /// What a layer's output lacks where its own bias is already in it.
     pub(crate) fn difference(&self, layer: &Linear, kind: Kind) -> Option<Tensor> {
-        let bias = self.get(layer)?;
+        let bias = &self.get(layer)?.value;
         let own = layer.bias.as_ref().map(|own| own.detach().to_kind(Kind::Float));
-        Some(own.map_or_else(|| bias.alias(), |own| bias - own).to_kind(kind))
+        Some(own.map_or_else(|| bias.shallow_clone(), |own| bias - own).to_kind(kind))
     }
 
     /// What [`pt_model::Sites::parameter`] gives for a path.
     pub(crate) fn parameter(&self, path: &str) -> Option<Tensor> {
         let bias = self.by_path.get(path.strip_suffix(".bias")?)?;
-        Some(bias.value.alias().to_kind(self.kind))
+        Some(bias.value.to_kind(self.kind))
     }
 
     /// Puts the biases into a model.
@@ -209,7 +212,7 @@ impl Biases {
         for layer in model.linear_layers() {
             if let Some(bias) = self.get(layer) {
                 let kind = layer.bias.as_ref().map_or(self.kind, Tensor::kind);
-                let bias = Some(bias.detach().to_kind(kind).copy());
+                let bias = Some(bias.value.detach().to_kind(kind).copy());
                 weights.push(NewWeight { index: layer.index, weight: layer.weight.clone(), bias });
             }
         }

@@ -23,6 +23,7 @@
 //! | `bottleneck` | adapters of Houlsby, Pfeiffer and He, in AdapterHub's files |
 //! | `prompt_tuning` | trained embeddings before every sequence |
 //! | `prefix_tuning` | trained keys and values before every sequence |
+//! | `tinytl` | TinyTL: biases and lite residual branches, little memory |
 //! | `adapter` | the trait |
 //! | `set` | several adapters over one model, one or several for all prompts or one for each |
 //! | `target` | which layers a method goes on |
@@ -51,6 +52,7 @@ mod saved;
 mod set;
 mod target;
 pub mod testing;
+mod tinytl;
 mod virtual_tokens;
 
 pub use adapter::Adapter;
@@ -71,3 +73,4 @@ pub use prefix_tuning::{PrefixInit, PrefixTuningAdapter, PrefixTuningConfig};
 pub use prompt_tuning::{PromptInit, PromptTuningAdapter, PromptTuningConfig};
 pub use set::AdapterSet;
 pub use target::{Strictness, Targets, pattern_value, saved_parameters, target_layers};
+pub use tinytl::{TinytlAdapter, TinytlConfig, TinytlMode};

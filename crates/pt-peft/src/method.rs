@@ -5,6 +5,7 @@ use crate::files::{ADAPTER_HUB, CONFIG_FILE, TENSOR_FILE, check_has_settings};
 use crate::{
     Adapter, BitfitAdapter, BitfitConfig, BottleneckAdapter, BottleneckConfig, Ia3Adapter, Ia3Config, LoraAdapter,
     LoraConfig, PeftError, PrefixTuningAdapter, PrefixTuningConfig, PromptTuningAdapter, PromptTuningConfig, Result,
+    TinytlAdapter, TinytlConfig,
 };
 use pt_model::{CausalLm, Tokenizer};
 use schemars::JsonSchema;
@@ -30,12 +31,14 @@ pub enum Method {
     PromptTuning,
     /// Trained keys and values before every sequence, in every layer.
     PrefixTuning,
+    /// Biases and lite residual branches, for which little is kept for the backward pass.
+    Tinytl,
 }
 
 impl Method {
     /// Every method.
-    pub const ALL: [Self; 6] =
-        [Self::Lora, Self::Ia3, Self::Bitfit, Self::Bottleneck, Self::PromptTuning, Self::PrefixTuning];
+    pub const ALL: [Self; 7] =
+        [Self::Lora, Self::Ia3, Self::Bitfit, Self::Bottleneck, Self::PromptTuning, Self::PrefixTuning, Self::Tinytl];
 
     /// Its name in configurations: the section of its settings.
     pub fn name(self) -> &'static str {
@@ -46,6 +49,7 @@ impl Method {
             Self::Bottleneck => "bottleneck",
             Self::PromptTuning => "prompt_tuning",
             Self::PrefixTuning => "prefix_tuning",
+            Self::Tinytl => "tinytl",
         }
     }
 }
@@ -65,6 +69,8 @@ pub enum MethodConfig {
     PromptTuning(PromptTuningConfig),
     /// See [`PrefixTuningConfig`].
     PrefixTuning(PrefixTuningConfig),
+    /// See [`TinytlConfig`].
+    Tinytl(TinytlConfig),
 }
 
 impl MethodConfig {
@@ -77,6 +83,7 @@ impl MethodConfig {
             Self::Bottleneck(_) => Method::Bottleneck,
             Self::PromptTuning(_) => Method::PromptTuning,
             Self::PrefixTuning(_) => Method::PrefixTuning,
+            Self::Tinytl(_) => Method::Tinytl,
         }
     }
 
@@ -100,6 +107,7 @@ impl MethodConfig {
             Self::Bottleneck(config) => config.validate(),
             Self::PromptTuning(config) => config.validate(),
             Self::PrefixTuning(config) => config.validate(),
+            Self::Tinytl(config) => config.validate(),
         }
     }
 
@@ -120,6 +128,7 @@ impl MethodConfig {
         match found.as_str() {
             Some("LORA") => Ok(Self::Lora(LoraConfig::from_peft_file(&path)?)),
             Some("IA3") => Ok(Self::Ia3(Ia3Config::from_peft_file(&path)?)),
+            Some("TINYTL") => Ok(Self::Tinytl(TinytlConfig::from_file(&path)?)),
             Some("BITFIT") => Ok(Self::Bitfit(BitfitConfig::from_file(&path)?)),
             Some("PROMPT_TUNING") => Ok(Self::PromptTuning(PromptTuningConfig::from_peft_file(&path)?)),
             Some("PREFIX_TUNING") => Ok(Self::PrefixTuning(PrefixTuningConfig::from_peft_file(&path)?)),
@@ -127,9 +136,10 @@ impl MethodConfig {
                 path,
                 field: "peft_type".into(),
                 found: if found.is_null() { "missing".into() } else { found.to_string() },
-                expected: "a method that is known here: \"LORA\", \"IA3\", \"BITFIT\", \"PROMPT_TUNING\" or \
+                expected:
+                    "a method that is known here: \"LORA\", \"IA3\", \"BITFIT\", \"TINYTL\", \"PROMPT_TUNING\" or \
                            \"PREFIX_TUNING\""
-                    .into(),
+                        .into(),
             }),
         }
     }
@@ -146,6 +156,7 @@ impl MethodConfig {
             Self::Bottleneck(config) => serde_json::to_value(config),
             Self::PromptTuning(config) => serde_json::to_value(config),
             Self::PrefixTuning(config) => serde_json::to_value(config),
+            Self::Tinytl(config) => serde_json::to_value(config),
         };
         value.map_err(|source| PeftError::Json { path: CONFIG_FILE.into(), source })
     }
@@ -159,6 +170,7 @@ impl MethodConfig {
             Self::Bottleneck(config) => &mut config.base_model_name_or_path,
             Self::PromptTuning(config) => &mut config.base_model_name_or_path,
             Self::PrefixTuning(config) => &mut config.base_model_name_or_path,
+            Self::Tinytl(config) => &mut config.base_model_name_or_path,
         };
         field.get_or_insert_with(|| name.into());
     }
@@ -199,6 +211,7 @@ impl MethodConfig {
             Self::Bottleneck(config) => Rc::new(BottleneckAdapter::new(config.clone(), model, seed)?),
             Self::PromptTuning(config) => Rc::new(PromptTuningAdapter::new(config.clone(), model, tokenizer, seed)?),
             Self::PrefixTuning(config) => Rc::new(PrefixTuningAdapter::new(config.clone(), model, seed)?),
+            Self::Tinytl(config) => Rc::new(TinytlAdapter::new(config.clone(), model, seed)?),
         })
     }
 }
@@ -215,5 +228,6 @@ pub fn load_adapter(folder: &Path, model: &CausalLm) -> Result<Rc<dyn Adapter>> 
         MethodConfig::Bottleneck(_) => Rc::new(BottleneckAdapter::load(folder, model)?),
         MethodConfig::PromptTuning(_) => Rc::new(PromptTuningAdapter::load(folder, model)?),
         MethodConfig::PrefixTuning(_) => Rc::new(PrefixTuningAdapter::load(folder, model)?),
+        MethodConfig::Tinytl(_) => Rc::new(TinytlAdapter::load(folder, model)?),
     })
 }

@@ -3,7 +3,7 @@
 use crate::adapter::Adapter;
 use crate::error::to_model;
 use crate::{PeftError, Result};
-use pt_model::{Bare, BranchSite, Linear, Sites, VirtualTokens};
+use pt_model::{Bare, BranchSite, GapSite, Linear, Past, Sites, TokenOrder, Tokens, VirtualTokens};
 use pt_tensor::{Device, Tensor};
 use std::cell::{Cell, OnceCell, RefCell};
 use std::rc::Rc;
@@ -200,9 +200,9 @@ impl Sites for AdapterSet {
         live.iter().try_fold(output, |output, adapter| adapter.branch(site, output))
     }
 
-    fn gap(&self, layer: usize, input: &Tensor, hidden_states: Tensor) -> pt_model::Result<Tensor> {
+    fn gap(&self, site: &GapSite<'_>, hidden_states: Tensor) -> pt_model::Result<Tensor> {
         let live = self.live().map_err(to_model)?;
-        live.iter().try_fold(hidden_states, |hidden_states, adapter| adapter.gap(layer, input, hidden_states))
+        live.iter().try_fold(hidden_states, |hidden_states, adapter| adapter.gap(site, hidden_states))
     }
 
     fn num_virtual_tokens(&self) -> usize {
@@ -250,6 +250,8 @@ struct Part {
     adapter: Option<Rc<dyn Adapter>>,
     /// Its tokens, `[n]`.
     tokens: Tensor,
+    /// How the tokens of the run follow each other, and with this part's as those of the pass.
+    order: RefCell<Option<(Rc<TokenOrder>, Rc<TokenOrder>)>>,
 }
 
 impl Routed {
@@ -291,7 +293,12 @@ impl Routed {
         let parts = by_name
             .into_iter()
             .map(|(name, tokens)| {
-                Ok(Part { name: name.cloned(), adapter: adapter_of(name)?, tokens: Tensor::from_slice(&tokens) })
+                Ok(Part {
+                    name: name.cloned(),
+                    adapter: adapter_of(name)?,
+                    tokens: Tensor::from_slice(&tokens),
+                    order: RefCell::default(),
+                })
             })
             .collect::<Result<_>>()?;
         Ok(Rc::new(Self { parts, order, num_tokens: laid.len() as i64, fault: RefCell::new(None) }))
@@ -330,6 +337,27 @@ impl Part {
             self.tokens.to_device(values.device())
         };
         Ok(values.f_index_select(0, &tokens)?)
+    }
+}
+
+/// A part's tokens among those of the whole run.
+struct PartTokens<'a> {
+    part: &'a Part,
+    whole: &'a GapSite<'a>,
+}
+
+impl Tokens for PartTokens<'_> {
+    fn past(&self, layer: usize, _input: &Tensor, reach: usize) -> pt_model::Result<Past> {
+        let Past { rows, order } = self.whole.tokens.past(layer, self.whole.input, reach)?;
+        let mut known = self.part.order.borrow_mut();
+        if let Some((_, own)) = known.as_ref().filter(|(of, _)| Rc::ptr_eq(of, &order)) {
+            return Ok(Past { rows, order: own.clone() });
+        }
+        let tokens = Vec::<i64>::try_from(&self.part.tokens)?.into_iter().map(|token| token as usize);
+        let own = tokens.map(|token| order.own.as_ref().map_or(token, |rows| rows[token])).collect();
+        let own = Rc::new(TokenOrder { own: Some(own), ..(*order).clone() });
+        *known = Some((order, own.clone()));
+        Ok(Past { rows, order: own })
     }
 }
 
@@ -384,10 +412,13 @@ impl Sites for Routed {
         })
     }
 
-    fn gap(&self, layer: usize, input: &Tensor, hidden_states: Tensor) -> pt_model::Result<Tensor> {
+    fn gap(&self, site: &GapSite<'_>, hidden_states: Tensor) -> pt_model::Result<Tensor> {
         self.by_part(&hidden_states, |part, own| match &part.adapter {
             None => Ok(own),
-            Some(adapter) => Ok(adapter.gap(layer, &part.rows(input)?, own)?),
+            Some(adapter) => {
+                let (input, tokens) = (part.rows(site.input)?, PartTokens { part, whole: site });
+                Ok(adapter.gap(&GapSite { input: &input, tokens: &tokens, ..*site }, own)?)
+            }
         })
     }
 

@@ -44,7 +44,7 @@ impl AttentionPlan {
     }
 
     /// Tokens at the front that have no query.
-    fn ahead(&self) -> i64 {
+    pub fn ahead(&self) -> i64 {
         self.segments.first().map_or(0, |first| first.tokens.start)
     }
 

@@ -10,6 +10,7 @@ use crate::tensorboard::EventWriter;
 use pt_model::{CausalLm, PackedBatch, RunOptions, Sites};
 use pt_peft::{
     BitfitConfig, BottleneckConfig, Ia3Config, LoraConfig, Method, MethodConfig, PrefixTuningConfig, PromptTuningConfig,
+    TinytlConfig,
 };
 use pt_tensor::io::{SafetensorsReader, save_safetensors};
 use pt_tensor::{AdamWConfig, Device, LabelLogprobs, Tensor, no_grad, peak_memory_bytes};
@@ -68,6 +69,8 @@ pub struct SftConfig {
     pub prompt_tuning: PromptTuningConfig,
     /// Prefix tuning, which wants a learning rate of 1e-3 to 1e-2.
     pub prefix_tuning: PrefixTuningConfig,
+    /// TinyTL.
+    pub tinytl: TinytlConfig,
 }
 
 impl Default for SftConfig {
@@ -95,6 +98,7 @@ impl Default for SftConfig {
             bottleneck: BottleneckConfig::default(),
             prompt_tuning: PromptTuningConfig::default(),
             prefix_tuning: PrefixTuningConfig::default(),
+            tinytl: TinytlConfig::default(),
         }
     }
 }
@@ -138,6 +142,7 @@ impl SftConfig {
             Method::Bottleneck => MethodConfig::Bottleneck(self.bottleneck.clone()),
             Method::PromptTuning => MethodConfig::PromptTuning(self.prompt_tuning.clone()),
             Method::PrefixTuning => MethodConfig::PrefixTuning(self.prefix_tuning.clone()),
+            Method::Tinytl => MethodConfig::Tinytl(self.tinytl.clone()),
         })
     }
 
@@ -151,6 +156,7 @@ impl SftConfig {
             MethodConfig::Bottleneck(config) => self.bottleneck = config,
             MethodConfig::PromptTuning(config) => self.prompt_tuning = config,
             MethodConfig::PrefixTuning(config) => self.prefix_tuning = config,
+            MethodConfig::Tinytl(config) => self.tinytl = config,
         }
     }
 

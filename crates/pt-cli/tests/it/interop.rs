@@ -3,7 +3,7 @@
 
 use crate::common::Workshop;
 use pt_model::{Bare, CausalLm, Pretrained, Sites};
-use pt_peft::LoraAdapter;
+use pt_peft::load_adapter;
 use pt_peft::testing::logits;
 use pt_tensor::io::save_safetensors;
 use pt_tensor::{Device, Kind, Tensor};
@@ -11,8 +11,8 @@ use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
 /// Name, base model under `fixtures/models`, and settings of the adapter: one of each way to name layers and to scale, and
-/// LoRA's variants.
-const CASES: [(&str, &str, &[&str]); 9] = [
+/// LoRA's variants; and the other methods that go into weights. BitFit gives a Llama biases, which the export has to say.
+const CASES: [(&str, &str, &[&str]); 13] = [
     ("llama", "llama", &["lora.rank=4", "lora.lora_alpha=8"]),
     (
         "llama_untied",
@@ -34,6 +34,10 @@ const CASES: [(&str, &str, &[&str]); 9] = [
     ("embedding", "llama_untied", &["lora.target_modules=[embed_tokens, lm_head, q_proj]"]),
     ("pissa", "llama", &["lora.init_lora_weights=pissa", "lora.loraplus_lr_ratio=4"]),
     ("tokens", "llama", &["lora.target_modules=[q_proj]", "lora.trainable_token_indices=[3, 1]"]),
+    ("ia3", "llama", &["peft=ia3"]),
+    ("ia3_conv1d", "gpt2", &["peft=ia3"]),
+    ("bitfit_new", "llama", &["peft=bitfit", "bitfit.target_modules=[q_proj, down_proj]"]),
+    ("bitfit", "qwen2", &["peft=bitfit"]),
 ];
 
 /// Ragged sequences, below a vocabulary's size.
@@ -59,7 +63,7 @@ fn check(workshop: &Workshop, model: &str, sets: &[&str], out: Option<&Path>) {
     let (base, merged) = (open(&workshop.path(model)), open(&workshop.path("merged")));
     let sequences = sequences(base.config().vocab_size);
     let bare: Rc<dyn Sites> = Rc::new(Bare);
-    let adapter: Rc<dyn Sites> = Rc::new(LoraAdapter::load(&adapter_folder, &base).unwrap());
+    let adapter: Rc<dyn Sites> = load_adapter(&adapter_folder, &base).unwrap();
     let base_logits = logits(&base, &bare, &sequences).unwrap();
     let adapted = logits(&base, &adapter, &sequences).unwrap();
     let merged_logits = logits(&merged, &bare, &sequences).unwrap();

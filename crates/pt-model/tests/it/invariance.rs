@@ -166,7 +166,7 @@ fn a_sequence_past_the_context_is_refused() {
 struct Failing;
 
 impl Sites for Failing {
-    fn gap(&self, _layer: usize, _input: &Tensor, _hidden_states: Tensor) -> pt_model::Result<Tensor> {
+    fn gap(&self, _site: &pt_model::GapSite<'_>, _hidden_states: Tensor) -> pt_model::Result<Tensor> {
         Err(ModelError::TooLong { length: 9, virtual_tokens: 0, context: 8 })
     }
 }

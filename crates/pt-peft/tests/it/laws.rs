@@ -5,8 +5,8 @@ use pt_model::{Linear, Sites};
 use pt_peft::testing::{Subject, adapter_laws, disturb, logits, trains_over};
 use pt_peft::{
     Adapter, AdapterSet, BiasMode, BitfitAdapter, BitfitConfig, BottleneckAdapter, BottleneckConfig, Ia3Adapter,
-    Ia3Config, LoraAdapter, LoraConfig, LoraInit, Modules, PeftError, Preset, Scaling, TokenIndices, TrainedScaling,
-    load_adapter,
+    Ia3Config, LoraAdapter, LoraConfig, LoraInit, Modules, PeftError, Preset, Scaling, TinytlAdapter, TinytlConfig,
+    TinytlMode, TokenIndices, TrainedScaling, load_adapter,
 };
 use pt_tensor::{Device, Kind, Tensor, no_grad};
 use std::rc::Rc;
@@ -113,6 +113,33 @@ fn bottleneck_adapters_keep_the_laws_in_each_form() {
     };
     check("mistral", with_norms.clone());
     check("qwen2", BottleneckConfig { is_parallel: Some(true), leave_out: vec![0], ..with_norms });
+}
+
+#[test]
+fn tinytl_keeps_the_laws_in_each_mode() {
+    let check = |model: &str, config: TinytlConfig| {
+        let folder = tempfile::tempdir().unwrap();
+        let subject = Subject {
+            new: &|model| Ok(Rc::new(TinytlAdapter::new(config.clone(), model, 3)?)),
+            load: &load_adapter,
+            tolerance: 2e-5,
+            starts_neutral: true,
+            is_mergeable: config.mode == TinytlMode::Bias,
+        };
+        adapter_laws(&subject, &mut tiny(model), &two_sequences(), folder.path()).unwrap();
+        for base in [bf16(model), nf4(model)] {
+            trains_over(&subject, &base, &two_sequences()).unwrap();
+        }
+    };
+    for mode in [TinytlMode::Bias, TinytlMode::LiteResidual, TinytlMode::Both] {
+        for model in ["llama", "gpt2", "qwen2"] {
+            check(model, TinytlConfig { mode, ..Default::default() });
+        }
+    }
+    // A reach that is shorter than the sequences, and one group.
+    let short = TinytlConfig { kernel_size: 1, groups: 1, expand_ratio: 1.0, ..Default::default() };
+    check("mistral", short.clone());
+    check("llama_untied", TinytlConfig { kernel_size: 2, groups: 4, ..short });
 }
 
 fn rank4() -> LoraConfig {

@@ -9,6 +9,7 @@ mod golden;
 mod golden_methods;
 mod laws;
 mod set;
+mod tinytl;
 mod virtual_tokens;
 
 use pt_model::{CausalLm, LinearFormat, Pretrained};
