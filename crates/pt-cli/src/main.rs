@@ -33,6 +33,8 @@ enum Command {
     Score(commands::score::Args),
     /// Fold an adapter into its model and save a Hugging Face folder.
     Merge(commands::merge::Args),
+    /// Fine-tunes as one bit a weight over their base: compress, distill, inspect, merge, import, export.
+    Delta(commands::delta::Args),
     /// Save a model with its linear layers in 4 bits, as transformers and bitsandbytes load it.
     Quantize(commands::quantize::Args),
     /// Show what a model, an adapter, a run or a data set holds.
@@ -53,6 +55,7 @@ fn main() -> ExitCode {
         Command::Chat(args) => commands::chat::run(args),
         Command::Score(args) => commands::score::run(args),
         Command::Merge(args) => commands::merge::run(args),
+        Command::Delta(args) => commands::delta::run(args),
         Command::Quantize(args) => commands::quantize::run(args),
         Command::Inspect(args) => commands::inspect::run(args),
         Command::Models(args) => commands::models::run(args),

@@ -26,7 +26,8 @@ pub(crate) struct ModelArgs {
     /// A Hugging Face folder, a .gguf file, or a name that `pt models` lists.
     #[arg(long)]
     pub(crate) model: String,
-    /// An adapter folder in PEFT's format, or a run of `pt sft`, for the adapter of its best (else last) checkpoint.
+    /// An adapter folder in PEFT's format, a 1-bit delta, or a run of `pt sft`, for the adapter of its best (else last)
+    /// checkpoint.
     #[arg(long)]
     pub(crate) adapter: Option<PathBuf>,
     /// auto, cpu, cuda, cuda:N or mps.
@@ -188,6 +189,19 @@ impl ModelArgs {
     }
 }
 
+/// Refuses a new folder's name where something stands or nothing can be written, before the work.
+pub(crate) fn check_free(folder: &Path) -> Result<()> {
+    let is_free = |mut entries: std::fs::ReadDir| entries.next().is_none();
+    if folder.exists() && !std::fs::read_dir(folder).is_ok_and(is_free) {
+        return Err(Refused {
+            message: format!("{} already exists and is not an empty folder", folder.display()),
+            hint: "choose another --output, or remove it first".into(),
+        }
+        .into());
+    }
+    Ok(check_place(folder)?)
+}
+
 /// Where a command writes a new model.
 #[derive(Args, Debug, Clone)]
 pub(crate) struct FolderArgs {
@@ -202,15 +216,7 @@ pub(crate) struct FolderArgs {
 impl FolderArgs {
     /// Refuses a folder that holds something or cannot be written, before the work.
     pub(crate) fn check(&self) -> Result<()> {
-        let is_free = |mut entries: std::fs::ReadDir| entries.next().is_none();
-        if self.output.exists() && !std::fs::read_dir(&self.output).is_ok_and(is_free) {
-            return Err(Refused {
-                message: format!("{} already exists and is not an empty folder", self.output.display()),
-                hint: "choose another --output, or remove it first".into(),
-            }
-            .into());
-        }
-        Ok(check_place(&self.output)?)
+        check_free(&self.output)
     }
 
     /// Lets `fill(folder, max_shard_bytes)` write the model; it appears whole or not at all.

@@ -357,8 +357,8 @@ impl CausalLm {
         (self.embed_path.strip_suffix(".weight").unwrap_or(self.embed_path), &self.embedding)
     }
 
-    /// Embeddings and norms by their Hugging Face names.
-    fn plain_parameters(&self) -> Vec<(String, Tensor)> {
+    /// Embeddings and norms by their Hugging Face names, the input embedding first.
+    pub fn plain_parameters(&self) -> Vec<(String, Tensor)> {
         let mut all = vec![(self.embed_path.to_string(), self.embedding.shallow_clone())];
         if let Some(positions) = &self.position_embedding {
             all.push((POSITIONS.into(), positions.shallow_clone()));

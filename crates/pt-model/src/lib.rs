@@ -49,6 +49,6 @@ pub use error::{ModelError, Result};
 pub use generate::{FinishReason, GenerateConfig, Generated, check_prompt, generate};
 pub use load::{Pretrained, TensorSource};
 pub use pt_tensor::{AttentionPlan, Segment};
-pub use quantize::{quantize_checkpoint, quantized_config};
+pub use quantize::{is_block_linear, quantize_checkpoint, quantized_config};
 pub use sites::{Bare, Branch, BranchSite, GapSite, Linear, Past, Sites, TokenOrder, Tokens, VirtualTokens};
 pub use tokenizer::Tokenizer;

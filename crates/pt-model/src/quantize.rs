@@ -31,7 +31,7 @@ pub fn quantize_checkpoint(
             return Err(ModelError::Unsupported { what: format!("quantizing `{name}`, which is in 4 bits already") });
         }
         let tensor = source.tensor(name, kind, Device::Cpu)?;
-        if is_linear(name, &tensor) {
+        if is_block_linear(name, &tensor.size()) {
             // GPT-2 writes its weights [in_features, out_features]; in 4 bits they lie as every other model's.
             let is_transposed = pretrained.config.architecture == Architecture::Gpt2;
             let weight = if is_transposed { tensor.f_tr()?.f_contiguous()? } else { tensor };
@@ -72,9 +72,10 @@ pub fn quantized_config(raw: &Map<String, Value>, kind: Kind, has_double_quant: 
     config
 }
 
-/// Whether a tensor is the weight of a linear layer other than the output layer: the matrices that are no embedding.
-fn is_linear(name: &str, tensor: &Tensor) -> bool {
+/// Whether a checkpoint's tensor is the weight of a linear layer of the decoder blocks, all but the output layer: the matrices that are no
+/// embedding.
+pub fn is_block_linear(name: &str, shape: &[i64]) -> bool {
     let path = name.strip_suffix(".weight").unwrap_or_default();
     let is_other = ["embed_tokens", "wte", "wpe", "lm_head"].iter().any(|other| path.rsplit('.').next() == Some(other));
-    tensor.dim() == 2 && !path.is_empty() && !is_other
+    shape.len() == 2 && !path.is_empty() && !is_other
 }

@@ -2,7 +2,7 @@
 
 use crate::Result;
 use pt_model::{Architecture, CausalLm, Linear};
-use pt_tensor::{Kind, Tensor, no_grad};
+use pt_tensor::{Device, Kind, Tensor, no_grad};
 
 /// The frozen side of an adapter: a [`CausalLm`], or linear layers of a model of one's own (a slice of [`Linear`], each
 /// with an index of its own), made with `into()`.
@@ -60,6 +60,29 @@ impl Base<'_> {
     pub(crate) fn kind(&self) -> Kind {
         let of_layers = || self.layers.first().map_or(Kind::Float, |layer| layer.weight.kind());
         self.model.map_or_else(of_layers, CausalLm::kind)
+    }
+
+    /// Where the model is.
+    pub(crate) fn device(&self) -> Device {
+        let of_layers = || self.layers.first().map_or(Device::Cpu, |layer| layer.weight.device());
+        self.model.map_or_else(of_layers, CausalLm::device)
+    }
+
+    /// Whether it is a model of ours, with parameters outside its layers.
+    pub(crate) fn is_model(&self) -> bool {
+        self.model.is_some()
+    }
+
+    /// Embeddings and norms by name; of layers alone, none.
+    pub(crate) fn plain_parameters(&self) -> Vec<(String, Tensor)> {
+        self.model.map_or(vec![], CausalLm::plain_parameters)
+    }
+
+    /// The names of the embedding and of the output weight that is the same tensor, where they are tied.
+    pub(crate) fn tied_output(&self) -> Option<(String, String)> {
+        let embedding = self.embedding.as_ref().filter(|_| self.is_output_tied)?;
+        let output = self.output.map(|position| format!("{}.weight", self.layers[position].path))?;
+        Some((format!("{}.weight", embedding.path), output))
     }
 
     /// Every parameter by name; of layers alone, their weights and biases.

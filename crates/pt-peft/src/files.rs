@@ -255,12 +255,24 @@ pub(crate) fn save_as(
     };
     let mut tensors: Vec<(String, Tensor)> = entries.into_iter().map(tensor).collect();
     tensors.sort_by(|a, b| a.0.cmp(&b.0));
+    write(folder, layout.tensor_file, config, &tensors, &[("format", "pt")], &card.text(layout.library))
+}
+
+/// Writes the files of an adapter, as [`save`] does, of tensors as they are.
+pub(crate) fn write(
+    folder: &Path,
+    tensor_file: &str,
+    config: &str,
+    tensors: &[(String, Tensor)],
+    metadata: &[(&str, &str)],
+    readme: &str,
+) -> Result<()> {
     let fill = |folder: &Path| -> Result<()> {
-        save_safetensors(&folder.join(layout.tensor_file), &tensors, &[("format", "pt")])?;
+        save_safetensors(&folder.join(tensor_file), tensors, metadata)?;
         let write_text =
             |name: &str, text: &str| write_atomically(&folder.join(name), |out| out.write_all(text.as_bytes()));
         if !folder.join("README.md").exists() {
-            write_text("README.md", &card.text(layout.library))?;
+            write_text("README.md", readme)?;
         }
         Ok(write_text(CONFIG_FILE, config)?)
     };

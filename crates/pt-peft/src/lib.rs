@@ -24,6 +24,7 @@
 //! | `prompt_tuning` | trained embeddings before every sequence |
 //! | `prefix_tuning` | trained keys and values before every sequence |
 //! | `tinytl` | TinyTL: biases and lite residual branches, little memory |
+//! | `bitdelta` | BitDelta: a fine-tune as one bit a weight over its base, compressed, applied on the fly, several in one batch |
 //! | `adapter` | the trait |
 //! | `set` | several adapters over one model, one or several for all prompts or one for each |
 //! | `target` | which layers a method goes on |
@@ -36,6 +37,7 @@
 
 mod adapter;
 mod base;
+mod bitdelta;
 mod bitfit;
 mod bottleneck;
 mod config;
@@ -57,6 +59,10 @@ mod virtual_tokens;
 
 pub use adapter::Adapter;
 pub use base::Base;
+pub use bitdelta::{
+    BitDeltaAdapter, BitDeltaConfig, DeltaBytes, FineTuned, KeptWhole, ScaleSharing, StoredDelta, compress,
+    tenants_linear,
+};
 pub use bitfit::{BitfitAdapter, BitfitConfig};
 pub use bottleneck::{
     BottleneckAdapter, BottleneckConfig, InitWeights, NonLinearity, Preset, ReductionFactor, Scaling, TrainedScaling,

@@ -3,9 +3,9 @@
 use crate::config::read_json;
 use crate::files::{ADAPTER_HUB, CONFIG_FILE, TENSOR_FILE, check_has_settings};
 use crate::{
-    Adapter, BitfitAdapter, BitfitConfig, BottleneckAdapter, BottleneckConfig, Ia3Adapter, Ia3Config, LoraAdapter,
-    LoraConfig, PeftError, PrefixTuningAdapter, PrefixTuningConfig, PromptTuningAdapter, PromptTuningConfig, Result,
-    TinytlAdapter, TinytlConfig,
+    Adapter, BitDeltaAdapter, BitDeltaConfig, BitfitAdapter, BitfitConfig, BottleneckAdapter, BottleneckConfig,
+    Ia3Adapter, Ia3Config, LoraAdapter, LoraConfig, PeftError, PrefixTuningAdapter, PrefixTuningConfig,
+    PromptTuningAdapter, PromptTuningConfig, Result, TinytlAdapter, TinytlConfig,
 };
 use pt_model::{CausalLm, Tokenizer};
 use schemars::JsonSchema;
@@ -33,10 +33,13 @@ pub enum Method {
     PrefixTuning,
     /// Biases and lite residual branches, for which little is kept for the backward pass.
     Tinytl,
+    /// A fine-tune as one bit a weight: made of two models, not trained from nothing.
+    #[serde(skip)]
+    BitDelta,
 }
 
 impl Method {
-    /// Every method.
+    /// Every method that can be trained from nothing.
     pub const ALL: [Self; 7] =
         [Self::Lora, Self::Ia3, Self::Bitfit, Self::Bottleneck, Self::PromptTuning, Self::PrefixTuning, Self::Tinytl];
 
@@ -50,6 +53,7 @@ impl Method {
             Self::PromptTuning => "prompt_tuning",
             Self::PrefixTuning => "prefix_tuning",
             Self::Tinytl => "tinytl",
+            Self::BitDelta => "bitdelta",
         }
     }
 }
@@ -71,6 +75,8 @@ pub enum MethodConfig {
     PrefixTuning(PrefixTuningConfig),
     /// See [`TinytlConfig`].
     Tinytl(TinytlConfig),
+    /// See [`BitDeltaConfig`].
+    BitDelta(BitDeltaConfig),
 }
 
 impl MethodConfig {
@@ -84,6 +90,7 @@ impl MethodConfig {
             Self::PromptTuning(_) => Method::PromptTuning,
             Self::PrefixTuning(_) => Method::PrefixTuning,
             Self::Tinytl(_) => Method::Tinytl,
+            Self::BitDelta(_) => Method::BitDelta,
         }
     }
 
@@ -108,6 +115,7 @@ impl MethodConfig {
             Self::PromptTuning(config) => config.validate(),
             Self::PrefixTuning(config) => config.validate(),
             Self::Tinytl(config) => config.validate(),
+            Self::BitDelta(_) => Ok(()),
         }
     }
 
@@ -132,14 +140,14 @@ impl MethodConfig {
             Some("BITFIT") => Ok(Self::Bitfit(BitfitConfig::from_file(&path)?)),
             Some("PROMPT_TUNING") => Ok(Self::PromptTuning(PromptTuningConfig::from_peft_file(&path)?)),
             Some("PREFIX_TUNING") => Ok(Self::PrefixTuning(PrefixTuningConfig::from_peft_file(&path)?)),
+            Some("BITDELTA") => Ok(Self::BitDelta(BitDeltaConfig::from_file(&path)?)),
             _ => Err(PeftError::Field {
                 path,
                 field: "peft_type".into(),
                 found: if found.is_null() { "missing".into() } else { found.to_string() },
-                expected:
-                    "a method that is known here: \"LORA\", \"IA3\", \"BITFIT\", \"TINYTL\", \"PROMPT_TUNING\" or \
-                           \"PREFIX_TUNING\""
-                        .into(),
+                expected: "a method that is known here: \"LORA\", \"IA3\", \"BITFIT\", \"TINYTL\", \"PROMPT_TUNING\", \
+                           \"PREFIX_TUNING\" or \"BITDELTA\""
+                    .into(),
             }),
         }
     }
@@ -157,6 +165,7 @@ impl MethodConfig {
             Self::PromptTuning(config) => serde_json::to_value(config),
             Self::PrefixTuning(config) => serde_json::to_value(config),
             Self::Tinytl(config) => serde_json::to_value(config),
+            Self::BitDelta(config) => serde_json::to_value(config),
         };
         value.map_err(|source| PeftError::Json { path: CONFIG_FILE.into(), source })
     }
@@ -171,6 +180,7 @@ impl MethodConfig {
             Self::PromptTuning(config) => &mut config.base_model_name_or_path,
             Self::PrefixTuning(config) => &mut config.base_model_name_or_path,
             Self::Tinytl(config) => &mut config.base_model_name_or_path,
+            Self::BitDelta(config) => &mut config.base_model_name_or_path,
         };
         field.get_or_insert_with(|| name.into());
     }
@@ -195,6 +205,10 @@ impl MethodConfig {
                  training cannot go on from it. Resume the run that made it, or train a new prefix",
                 folder.display()
             ))),
+            Self::BitDelta(_) => Err(PeftError::State(format!(
+                "{}: a 1-bit delta, whose scales are trained by `pt delta distill`",
+                folder.display()
+            ))),
             _ => Ok(()),
         }
     }
@@ -212,6 +226,11 @@ impl MethodConfig {
             Self::PromptTuning(config) => Rc::new(PromptTuningAdapter::new(config.clone(), model, tokenizer, seed)?),
             Self::PrefixTuning(config) => Rc::new(PrefixTuningAdapter::new(config.clone(), model, seed)?),
             Self::Tinytl(config) => Rc::new(TinytlAdapter::new(config.clone(), model, seed)?),
+            Self::BitDelta(_) => {
+                return Err(PeftError::State(
+                    "a 1-bit delta is made of a base and its fine-tune: `pt delta compress`".into(),
+                ));
+            }
         })
     }
 }
@@ -229,5 +248,6 @@ pub fn load_adapter(folder: &Path, model: &CausalLm) -> Result<Rc<dyn Adapter>> 
         MethodConfig::PromptTuning(_) => Rc::new(PromptTuningAdapter::load(folder, model)?),
         MethodConfig::PrefixTuning(_) => Rc::new(PrefixTuningAdapter::load(folder, model)?),
         MethodConfig::Tinytl(_) => Rc::new(TinytlAdapter::load(folder, model)?),
+        MethodConfig::BitDelta(_) => Rc::new(BitDeltaAdapter::load(folder, model)?),
     })
 }

@@ -14,7 +14,7 @@ use std::rc::Rc;
 pub(crate) struct Saved {
     /// Hugging Face name: `lm_head.weight`.
     pub(crate) name: String,
-    /// An f32 leaf.
+    /// An f32 leaf, unless it is frozen.
     pub(crate) value: Tensor,
     /// Whether files hold its transpose (GPT-2's Conv1D).
     pub(crate) is_transposed_in_file: bool,
@@ -52,6 +52,14 @@ impl SavedModules {
         let copies = chosen.into_iter().filter_map(|name| all.remove(&name));
         let by_name = copies.map(|saved| (saved.name.clone(), Saved { value: leaf(&saved.value), ..saved })).collect();
         Ok(Self { by_name, kind })
+    }
+
+    /// Values that take the place of a model's parameters and are not trained, in our layout.
+    pub(crate) fn frozen(values: impl IntoIterator<Item = (String, Tensor)>, kind: Kind) -> Self {
+        let saved = |(name, value): (String, Tensor)| {
+            (name.clone(), Saved { name, value: value.detach(), is_transposed_in_file: false })
+        };
+        Self { by_name: values.into_iter().map(saved).collect(), kind }
     }
 
     /// Whether a parameter is among them.

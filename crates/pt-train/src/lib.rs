@@ -3,6 +3,7 @@
 
 pub mod config;
 pub mod data;
+pub mod distill;
 pub mod encoder;
 mod error;
 pub mod metrics;

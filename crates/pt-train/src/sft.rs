@@ -9,8 +9,8 @@ use crate::step::{Optimization, finite, first_not_finite};
 use crate::tensorboard::EventWriter;
 use pt_model::{CausalLm, PackedBatch, RunOptions, Sites};
 use pt_peft::{
-    BitfitConfig, BottleneckConfig, Ia3Config, LoraConfig, Method, MethodConfig, PrefixTuningConfig, PromptTuningConfig,
-    TinytlConfig,
+    BitDeltaConfig, BitfitConfig, BottleneckConfig, Ia3Config, LoraConfig, Method, MethodConfig, PrefixTuningConfig,
+    PromptTuningConfig, TinytlConfig,
 };
 use pt_tensor::io::{SafetensorsReader, save_safetensors};
 use pt_tensor::{AdamWConfig, Device, LabelLogprobs, Tensor, no_grad, peak_memory_bytes};
@@ -143,6 +143,8 @@ impl SftConfig {
             Method::PromptTuning => MethodConfig::PromptTuning(self.prompt_tuning.clone()),
             Method::PrefixTuning => MethodConfig::PrefixTuning(self.prefix_tuning.clone()),
             Method::Tinytl => MethodConfig::Tinytl(self.tinytl.clone()),
+            // Never chosen by name: it is made of two models.
+            Method::BitDelta => MethodConfig::BitDelta(BitDeltaConfig::default()),
         })
     }
 
@@ -157,6 +159,7 @@ impl SftConfig {
             MethodConfig::PromptTuning(config) => self.prompt_tuning = config,
             MethodConfig::PrefixTuning(config) => self.prefix_tuning = config,
             MethodConfig::Tinytl(config) => self.tinytl = config,
+            MethodConfig::BitDelta(_) => {}
         }
     }
 

@@ -69,6 +69,9 @@ fn is_data(path: &Path) -> bool {
 /// What an adapter is: its method and settings, and what its file holds.
 fn adapter(args: &Args, folder: &Path) -> Result<ExitCode> {
     let method = MethodConfig::from_folder(folder)?;
+    if matches!(method, MethodConfig::BitDelta(_)) {
+        return super::delta::inspect(folder, args.json);
+    }
     let file = folder.join(method.tensor_file());
     let reader = SafetensorsReader::open(&file)?;
     let bytes = std::fs::metadata(&file).map_or(0, |metadata| metadata.len());

@@ -4,6 +4,7 @@
 mod bad_input;
 mod commands;
 mod common;
+mod delta;
 mod interop;
 #[cfg(unix)]
 mod interruptions;

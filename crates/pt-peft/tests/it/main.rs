@@ -1,6 +1,7 @@
 //! Adapters on the tiny models of `fixtures/`, against what PEFT wrote and computed.
 #![allow(clippy::unwrap_used)]
 
+mod bitdelta;
 mod bitfit;
 mod bottleneck;
 mod combine;

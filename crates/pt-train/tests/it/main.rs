@@ -6,5 +6,6 @@ mod encoder;
 mod equalities;
 mod evaluation;
 mod failures;
+mod golden_distill;
 mod golden_sft;
 mod resume;
