@@ -206,8 +206,9 @@ fn damaged_deltas_are_refused_by_name() {
         reader.names().map(|name| (name.to_string(), reader.tensor(name, Device::Cpu).unwrap())).collect();
     let checksum = reader.metadata()["base_checksum"].clone();
     let layer = "model.layers.0.mlp.up_proj";
-    let with = |checksum: &str, change: &dyn Fn(&mut Vec<(String, Tensor)>)| {
-        let mut tensors: Vec<_> = all.iter().map(|(name, tensor)| (name.clone(), tensor.shallow_clone())).collect();
+    type Tensors = Vec<(String, Tensor)>;
+    let with = |checksum: &str, change: &dyn Fn(&mut Tensors)| {
+        let mut tensors: Tensors = all.iter().map(|(name, tensor)| (name.clone(), tensor.shallow_clone())).collect();
         change(&mut tensors);
         save_safetensors(&path.join(TENSOR_FILE), &tensors, &[("base_checksum", checksum)]).unwrap();
         StoredDelta::load(&path).unwrap_err().to_string()
