@@ -35,6 +35,8 @@ enum Command {
     Merge(commands::merge::Args),
     /// Fine-tunes as one bit a weight over their base: compress, distill, inspect, merge, import, export.
     Delta(commands::delta::Args),
+    /// Make one LoRA adapter of several, with weights.
+    Combine(commands::combine::Args),
     /// Save a model with its linear layers in 4 bits, as transformers and bitsandbytes load it.
     Quantize(commands::quantize::Args),
     /// Show what a model, an adapter, a run or a data set holds.
@@ -56,6 +58,7 @@ fn main() -> ExitCode {
         Command::Score(args) => commands::score::run(args),
         Command::Merge(args) => commands::merge::run(args),
         Command::Delta(args) => commands::delta::run(args),
+        Command::Combine(args) => commands::combine::run(args),
         Command::Quantize(args) => commands::quantize::run(args),
         Command::Inspect(args) => commands::inspect::run(args),
         Command::Models(args) => commands::models::run(args),

@@ -6,12 +6,12 @@ use crate::talk::{self, Misused, Refused, Usage};
 use anyhow::{Context, Result};
 use clap::Args;
 use pt_model::{Bare, CausalLm, LinearFormat, ModelError, Pretrained, Sites};
-use pt_peft::load_adapter;
+use pt_peft::{AdapterSet, load_adapter};
 use pt_tensor::io::create_folder_atomically;
 use pt_tensor::{Device, Kind, Nf4Arithmetic, Nf4Options, parse_device, parse_kind};
 use pt_train::TrainError;
 use pt_train::config::{load_config, parse_set};
-use pt_train::data::DataConfig;
+use pt_train::data::{DataConfig, Row};
 use pt_train::encoder::ModelEncoder;
 use pt_train::run_dir::check_place;
 use pt_train::sft::SftConfig;
@@ -95,6 +95,58 @@ impl WeightArgs {
             WeightFormat::Nf4 => nf4(Nf4Arithmetic::Exact, false),
             WeightFormat::Nf4Int8 => nf4(Nf4Arithmetic::Int8, true),
         }
+    }
+}
+
+/// Adapters that rows choose among.
+#[derive(Args, Debug, Clone)]
+pub(crate) struct RowAdapterArgs {
+    /// An adapter that rows may ask for by name, in their field `adapter`; may be given several times. Rows of one
+    /// batch may ask for different ones, and those that ask for none get the model alone.
+    #[arg(long = "row-adapter", value_name = "NAME=FOLDER", conflicts_with = "adapter")]
+    row_adapters: Vec<String>,
+}
+
+impl RowAdapterArgs {
+    /// Loads the adapters into the sites of a model, and finds each row's among them; `None` where there are none.
+    pub(crate) fn open(&self, opened: &mut Opened, rows: &[Row]) -> Result<Option<RowAdapters>> {
+        if self.row_adapters.is_empty() {
+            return Ok(None);
+        }
+        let set = Rc::new(AdapterSet::new());
+        for text in &self.row_adapters {
+            let Some((name, folder)) =
+                text.split_once('=').filter(|(name, folder)| !name.is_empty() && !folder.is_empty())
+            else {
+                return Err(Usage(format!("--row-adapter {text}: expected NAME=FOLDER")).into());
+            };
+            if set.get(name).is_ok() {
+                return Err(Usage(format!("--row-adapter {text}: there are two of the name `{name}`")).into());
+            }
+            set.insert(name, load_adapter(&adapter_folder(Path::new(folder))?, &opened.model)?)?;
+        }
+        for row in rows {
+            row.adapter
+                .as_deref()
+                .map_or(Ok(()), |name| set.get(name).map(drop))
+                .with_context(|| row.origin.to_string())?;
+        }
+        opened.sites = set.clone();
+        Ok(Some(RowAdapters { set, of_row: rows.iter().map(|row| row.adapter.clone()).collect() }))
+    }
+}
+
+/// The adapter of each row.
+pub(crate) struct RowAdapters {
+    set: Rc<AdapterSet>,
+    of_row: Vec<Option<String>>,
+}
+
+impl RowAdapters {
+    /// Gives the prompts of the next batch the adapters of these rows.
+    pub(crate) fn choose(&self, rows: impl IntoIterator<Item = usize>) -> Result<()> {
+        let names: Vec<Option<&str>> = rows.into_iter().map(|row| self.of_row[row].as_deref()).collect();
+        Ok(self.set.set_routes(&names)?)
     }
 }
 

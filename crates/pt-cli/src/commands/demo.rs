@@ -126,6 +126,7 @@ fn row(question: &Question, index: usize) -> Row {
     let turn = |role: &str, text: &str| Text::Chat(vec![Message::new(role, text)]);
     Row {
         source: "squad".into(),
+        adapter: None,
         origin: Origin { path: "squad.json".into(), position: index, is_line: false },
         content: RowContent::Completion {
             prompt: turn("user", &question.prompt),

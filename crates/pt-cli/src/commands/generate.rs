@@ -1,6 +1,6 @@
 //! `pt generate`
 
-use crate::open::{DataArgs, ModelArgs, OutputArgs, WeightArgs};
+use crate::open::{DataArgs, ModelArgs, OutputArgs, RowAdapterArgs, WeightArgs};
 use crate::talk::{self, Usage};
 use anyhow::{Context, Result};
 use clap::ArgGroup;
@@ -24,6 +24,8 @@ pub(crate) struct Args {
     /// A prompt that is plain text is completed as it stands; --set data.as_chat=true asks it through the chat template.
     #[arg(long)]
     data: Option<PathBuf>,
+    #[command(flatten)]
+    row_adapters: RowAdapterArgs,
     /// A single prompt instead of a file; rendered as a user's turn where the model has a chat template.
     #[arg(long)]
     prompt: Option<String>,
@@ -143,7 +145,11 @@ pub(crate) fn run(args: Args) -> Result<ExitCode> {
         Some(path) => Some(read_rows(std::slice::from_ref(path), &options)?),
         None => None,
     };
-    let opened = args.model.open(&args.weights)?;
+    let mut opened = args.model.open(&args.weights)?;
+    let row_adapters = args.row_adapters.open(&mut opened, rows.as_deref().unwrap_or_default())?;
+    if row_adapters.is_some() && rows.is_none() {
+        return Err(Usage("--row-adapter is for the rows of --data: with --prompt, give --adapter".into()).into());
+    }
     let encoder = opened.encoder()?;
     let prompts: Vec<Vec<i64>> = match (&rows, &args.prompt) {
         (Some(rows), _) => rows.iter().map(|row| prompt_ids(row, &encoder)).collect::<Result<_>>()?,
@@ -153,7 +159,12 @@ pub(crate) fn run(args: Args) -> Result<ExitCode> {
                 false => Text::Plain(text.clone()),
             };
             let origin = Origin { path: "--prompt".into(), position: 0, is_line: false };
-            let row = Row { content: RowContent::Prompt { prompt, tools: None }, origin, source: String::new() };
+            let row = Row {
+                content: RowContent::Prompt { prompt, tools: None },
+                origin,
+                source: String::new(),
+                adapter: None,
+            };
             vec![prompt_ids(&row, &encoder)?]
         }
         (None, None) => return Err(Usage("give --data or --prompt".into()).into()),
@@ -180,7 +191,11 @@ pub(crate) fn run(args: Args) -> Result<ExitCode> {
     let (mut work, started) = (talk::Work::new("completing", prompts.len(), "rows"), Instant::now());
     let mut num_tokens = 0;
     for (chunk, batch) in prompts.chunks(args.batch_size).enumerate() {
-        let config = GenerateConfig { first_prompt: (chunk * args.batch_size) as u64, ..config.clone() };
+        let first = chunk * args.batch_size;
+        let config = GenerateConfig { first_prompt: first as u64, ..config.clone() };
+        if let Some(row_adapters) = &row_adapters {
+            row_adapters.choose(first..first + batch.len())?;
+        }
         let completions = generate(&opened.model, Some(encoder.tokenizer), batch, &config, &opened.sites, |_, _| true)?;
         for samples in completions.chunks(config.num_samples) {
             for row in samples {

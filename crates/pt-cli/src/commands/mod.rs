@@ -1,6 +1,7 @@
 //! One file a subcommand.
 
 pub(crate) mod chat;
+pub(crate) mod combine;
 pub(crate) mod delta;
 pub(crate) mod demo;
 pub(crate) mod fetch;

@@ -1,7 +1,7 @@
 //! `pt score`
 
 use super::generate::at_least_one;
-use crate::open::{DataArgs, ModelArgs, OutputArgs, WeightArgs};
+use crate::open::{DataArgs, ModelArgs, OutputArgs, RowAdapterArgs, WeightArgs};
 use crate::talk;
 use anyhow::Result;
 use pt_model::{ModelError, PackedBatch, PromptGroup, RunOptions};
@@ -22,6 +22,8 @@ pub(crate) struct Args {
     #[arg(long)]
     data: PathBuf,
     #[command(flatten)]
+    row_adapters: RowAdapterArgs,
+    #[command(flatten)]
     output: OutputArgs,
     /// Add the log-prob of each scored token.
     #[arg(long)]
@@ -37,7 +39,8 @@ pub(crate) fn run(args: Args) -> Result<ExitCode> {
     let mut lines = args.output.open()?;
     let data = args.read.config(&[])?;
     let rows = read_rows(std::slice::from_ref(&args.data), &data.read_options())?;
-    let opened = args.model.open(&args.weights)?;
+    let mut opened = args.model.open(&args.weights)?;
+    let row_adapters = args.row_adapters.open(&mut opened, &rows)?;
     let encoder = opened.encoder()?;
     let context = opened.model.config().max_position_embeddings as usize;
     let virtual_tokens = opened.sites.num_virtual_tokens();
@@ -60,6 +63,9 @@ pub(crate) fn run(args: Args) -> Result<ExitCode> {
         pt_train::data::packing::split_by_tokens(&indices, Some(args.max_tokens), |row| groups[row].num_tokens())
     {
         let chunk: Vec<PromptGroup> = batch_rows.iter().map(|&row| groups[row].clone()).collect();
+        if let Some(row_adapters) = &row_adapters {
+            row_adapters.choose(batch_rows.iter().copied())?;
+        }
         let batch = PackedBatch::new(&chunk, opened.model.device())?;
         let out = no_grad(|| {
             opened.model.label_logprobs(&batch, &opened.sites, RunOptions::default(), &LabelLogprobs::default())

@@ -123,6 +123,8 @@ pub struct Row {
     pub origin: Origin,
     /// Name of the source it belongs to.
     pub source: String,
+    /// The adapter that it asks for, where several are at hand: its field `adapter`.
+    pub adapter: Option<String>,
 }
 
 /// How files are read.
@@ -175,9 +177,10 @@ pub fn read_source(path: &Path, name: &str, options: &ReadOptions) -> Result<Vec
     let limit = options.max_rows.unwrap_or(usize::MAX);
     for file in data_files(path)? {
         for (value, origin) in read_values(&file, limit.saturating_sub(rows.len()))? {
+            let adapter = parse_adapter(&value, &origin)?;
             let content = parse_row(value, &origin, options)?;
             let content = if options.as_chat { content.into_chat() } else { content };
-            rows.push(Row { content, origin, source: name.to_owned() });
+            rows.push(Row { content, origin, source: name.to_owned(), adapter });
         }
     }
     if rows.is_empty() {
@@ -240,6 +243,14 @@ fn read_values(path: &Path, limit: usize) -> Result<Vec<(Value, Origin)>> {
         }
     }
     Ok(values)
+}
+
+fn parse_adapter(row: &Value, origin: &Origin) -> Result<Option<String>> {
+    match row.get("adapter") {
+        None | Some(Value::Null) => Ok(None),
+        Some(Value::String(name)) => Ok(Some(name.clone())),
+        Some(other) => Err(field_error(origin, "adapter", other, "an adapter's name, or null")),
+    }
 }
 
 fn parse_row(value: Value, origin: &Origin, options: &ReadOptions) -> Result<RowContent> {

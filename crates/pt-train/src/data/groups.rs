@@ -443,7 +443,7 @@ pub(crate) mod testing {
 
     pub(crate) fn row(content: RowContent, position: usize) -> Row {
         let origin = Origin { path: PathBuf::from("rows.jsonl"), position, is_line: true };
-        Row { content, origin, source: "rows".into() }
+        Row { content, origin, source: "rows".into(), adapter: None }
     }
 
     pub(crate) fn plain(prompt: &str, completion: &str) -> RowContent {

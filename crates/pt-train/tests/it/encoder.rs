@@ -31,7 +31,7 @@ fn plain_rows_begin_as_the_models_tokenizer_has_it() {
         let [prompt, completion] = ["two", " words"].map(|part| Text::Plain(part.into()));
         for content in [RowContent::Text(text.into()), RowContent::Completion { prompt, completion, tools: None }] {
             let origin = Origin { path: "rows.jsonl".into(), position: 1, is_line: true };
-            let row = Row { content, origin, source: "rows".into() };
+            let row = Row { content, origin, source: "rows".into(), adapter: None };
             let group = row_to_group(&row, &encoder, TrainTurns::All).unwrap();
             let ids = [group.prompt.as_slice(), &group.completions[0].token_ids].concat();
             assert_eq!(ids, [expected.as_slice(), &encoder.stop_ids()[..1]].concat());
