@@ -38,7 +38,7 @@ impl AttentionPlan {
     /// have queries of their own.
     pub fn behind(&self, common: i64, are_queried: bool) -> Self {
         let later = |range: &Range<i64>| range.start + common..range.end + common;
-        let first = are_queried.then(|| Segment { prefix: 0..0, tokens: 0..common });
+        let first = are_queried.then_some(Segment { prefix: 0..0, tokens: 0..common });
         let others = self.segments.iter().map(|s| Segment { prefix: later(&s.prefix), tokens: later(&s.tokens) });
         Self { common: self.common + common, segments: first.into_iter().chain(others).collect() }
     }

@@ -9,7 +9,7 @@ use pt_tensor::io::SafetensorsReader;
 use std::rc::Rc;
 
 #[test]
-fn golden_combinations_of_peft_give_its_logits() {
+fn golden_combine_gives_the_logits_of_pefts_weighted_adapters() {
     let case = fixtures().join("combine/two_loras");
     let model = tiny("llama");
     let [first, second] = ["first", "second"].map(|name| LoraAdapter::load(&case.join(name), &model).unwrap());

@@ -91,7 +91,10 @@ fn beside_other_methods_in_a_batch_each_prompt_gets_its_own() {
     let together = run(&prompts, &(set.clone() as Rc<dyn Sites>));
     for ((prompt, route), row) in prompts.iter().zip(routes).zip(&together) {
         let own = adapters.iter().find(|(name, _)| Some(*name) == route).map(|(_, adapter)| adapter.clone());
-        let sites: Rc<dyn Sites> = own.map_or_else(|| Rc::new(Bare) as Rc<dyn Sites>, |adapter| adapter);
+        let sites: Rc<dyn Sites> = match own {
+            Some(adapter) => adapter,
+            None => Rc::new(Bare),
+        };
         let alone = run(std::slice::from_ref(prompt), &sites);
         let [a, b] = [row, &alone[0]].map(|row| Tensor::from_slice(row.logprobs.as_ref().unwrap()));
         let off = (a - b).abs().max().double_value(&[]);
