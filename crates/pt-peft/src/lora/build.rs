@@ -138,7 +138,7 @@ impl Copies {
 }
 
 impl LoraAdapter {
-    /// A new adapter for a [`CausalLm`], or for linear layers of a model of one's own: A uniform in ±1/√in_features
+    /// A new adapter for a [`CausalLm`](pt_model::CausalLm), or for linear layers of a model of one's own: A uniform in ±1/√in_features
     /// (PEFT's Kaiming with a = √5), B zero, unless `init_lora_weights` says otherwise; what is trained whole is copied. Each tensor has its own random stream from `seed`
     /// and its name, so a layer starts the same whatever other layers are adapted.
     ///
@@ -242,7 +242,7 @@ impl LoraAdapter {
         Ok(())
     }
 
-    /// Loads an adapter that PEFT or [`Adapter::save`] wrote, for a model or linear layers of one's own.
+    /// Loads an adapter that PEFT or [`Adapter::save`](crate::Adapter::save) wrote, for a model or linear layers of one's own.
     ///
     /// The tensors must be exactly the adapter's. Two things that PEFT itself writes are passed over: copies of the
     /// base weight (`.base_layer.`), and embeddings that it adds unasked, as long as they equal the model's. An adapter that
