@@ -426,6 +426,7 @@ mod tests {
 
     #[test]
     fn values_and_gradients_equal_a_dense_mask() {
+        let _lock = crate::random::test_lock();
         for window in [None, Some(3)] {
             let leaf = |heads| Tensor::randn([14, heads, 4], (Kind::Double, Device::Cpu)).set_requires_grad(true);
             let (mut q, mut k, mut v) = (leaf(4), leaf(2), leaf(2));
@@ -547,6 +548,7 @@ mod tests {
 
     #[test]
     fn what_a_segment_does_not_see_cannot_reach_it() {
+        let _lock = crate::random::test_lock();
         let plan = segments(&[(0..0, 0..20), (0..0, 20..53)]);
         let draw = || Tensor::randn([53, 2, 16], (Kind::Float, Device::Cpu));
         let (q, k, v) = (draw(), draw(), draw());
