@@ -338,9 +338,13 @@ impl Finished {
         let adapter = self.chosen.display();
         let model = job.model_path.display();
         let mut commands = vec![format!("tensorboard --logdir {}", self.run.tensorboard_path().display())];
-        if job.config.peft.is_some() {
-            commands.insert(0, format!("pt chat --model {model} --adapter {adapter}"));
-            commands.insert(1, format!("pt merge --model {model} --adapter {adapter} --output merged"));
+        if let Some(method) = job.config.peft {
+            let is_nf4 = job.command.as_ref().is_some_and(|command| command.weights == "nf4");
+            let weights = if is_nf4 { " --weights nf4" } else { "" };
+            commands.insert(0, format!("pt chat --model {model} --adapter {adapter}{weights}"));
+            if method.is_mergeable() {
+                commands.insert(1, format!("pt merge --model {model} --adapter {adapter}{weights} --output merged"));
+            }
         } else {
             commands.insert(0, format!("pt chat --model {adapter}"));
         }

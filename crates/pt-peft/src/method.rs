@@ -43,6 +43,11 @@ impl Method {
     pub const ALL: [Self; 7] =
         [Self::Lora, Self::Ia3, Self::Bitfit, Self::Bottleneck, Self::PromptTuning, Self::PrefixTuning, Self::Tinytl];
 
+    /// Whether it is a change of weights, so that it can be merged into a model.
+    pub fn is_mergeable(self) -> bool {
+        matches!(self, Self::Lora | Self::Ia3 | Self::Bitfit | Self::BitDelta)
+    }
+
     /// Its name in configurations: the section of its settings.
     pub fn name(self) -> &'static str {
         match self {

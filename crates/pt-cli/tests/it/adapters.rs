@@ -6,7 +6,8 @@ use pt_peft::Method;
 #[test]
 fn every_method_trains_is_inspected_and_generates() {
     let workshop = Workshop::new();
-    for method in Method::ALL.map(Method::name) {
+    for kind in Method::ALL {
+        let method = kind.name();
         let args = ["sft", "--model", "model", "--data", "rows.jsonl", "--output", method, "--device", "cpu"];
         let set = ["--peft", method, "--samples", "0", "--set", "data.max_length=40", "--set", "max_steps=1"];
         workshop.stdout(&[&args[..], &set].concat());
@@ -17,6 +18,9 @@ fn every_method_trains_is_inspected_and_generates() {
             ["generate", "--model", "model", "--adapter", &adapter, "--prompt", "t5 t6", "--max-new-tokens", "3"];
         let line = &json_lines(&workshop.stdout(&generate))[0];
         assert!(!line["token_ids"].as_array().unwrap().is_empty(), "{method}: {line}");
+        let output = format!("{method}-merged");
+        let merged = workshop.run(&["merge", "--model", "model", "--adapter", &adapter, "--output", &output]);
+        assert_eq!(merged.status.success(), kind.is_mergeable(), "{method}: {}", stderr(&merged));
     }
     let refused = workshop.run(&workshop.sft("run", &["--peft", "lorra"]));
     assert_eq!(refused.status.code(), Some(2));

@@ -14,7 +14,7 @@ use safetensors::{Dtype, SafeTensors, View};
 
 mod state;
 
-pub use state::{QuantState, QuantType, SourceDtype};
+pub use state::{NestedState, QuantState, QuantType, SourceDtype};
 
 use crate::simd::view::{bytes_of, f32s_in};
 use crate::{Absmax, AbsmaxBuf, Block4, Block4Ref, NestedAbsmax, NestedAbsmaxBuf, QuantError, packed_len};
