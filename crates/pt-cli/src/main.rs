@@ -23,7 +23,7 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
-    /// Fine-tune a model on prompts and completions (LoRA, or all weights).
+    /// Fine-tune a model on prompts and completions (LoRA, another parameter-efficient method, or all weights).
     Sft(commands::sft::Args),
     /// Complete the prompts of a file, one JSON line per row.
     Generate(commands::generate::Args),
