@@ -1,4 +1,4 @@
-//! One run of fine-tuning, from checked rows to the report; `pt sft` and `pt demo` run the same.
+//! One run of training, from checked rows to the report; the commands that train and `pt demo` run the same.
 
 use crate::answers::{Question, answers, questions};
 use crate::interrupts;
@@ -6,18 +6,22 @@ use crate::memory::Memory;
 use crate::open::no_tokenizer;
 use crate::run_command::RunCommand;
 use crate::talk;
+use crate::task::{Checked, Task};
 use anyhow::{Context, Result, bail};
-use pt_model::{Architecture, Bare, CausalLm, Pretrained, Sites};
+use pt_model::{Architecture, Bare, CausalLm, Pretrained, RunOptions, Sites};
 use pt_peft::{Adapter, load_adapter};
 use pt_tensor::{Device, Kind, Tensor};
 use pt_train::config::{flatten, to_yaml};
-use pt_train::data::{Preflight, PreflightSummary, PromptGroup, Row, overlap, preflight};
+use pt_train::data::Row;
 use pt_train::encoder::ModelEncoder;
 use pt_train::metrics::{names, read_series};
-use pt_train::report::{Better, Headline, Report, Sample};
+use pt_train::objective::{Evaluation, Objective, Pass, evaluate};
+use pt_train::report::{Better, DataTable, Headline, Report, Sample};
 use pt_train::run_dir::{Best, RunDir, write_atomic};
-use pt_train::sft::{Ending, Evaluation, Observer, Outcome, SftConfig, StepRecord, Trained, evaluate, train};
+use pt_train::settings::TrainConfig;
+use pt_train::train::{Ending, Observer, Outcome, StepRecord, Trained};
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::time::Instant;
@@ -26,19 +30,21 @@ use std::time::Instant;
 const SAMPLE_TOKENS: usize = 64;
 
 /// What a run is to do.
-pub(crate) struct Job {
+pub(crate) struct Job<T: Task> {
+    /// What kind of training it is.
+    pub(crate) task: T,
     pub(crate) model_path: PathBuf,
     pub(crate) adapter: Option<PathBuf>,
     pub(crate) device: Device,
     pub(crate) kind: Kind,
     pub(crate) rows: Vec<Row>,
     pub(crate) eval_rows: Vec<Row>,
-    pub(crate) config: SftConfig,
+    pub(crate) config: TrainConfig<T::Settings>,
     pub(crate) output: PathBuf,
     pub(crate) resume: bool,
     /// Held-out prompts that are answered before and after.
     pub(crate) num_samples: usize,
-    /// Kept in the run's folder: from it `pt sft --resume` restores the command.
+    /// Kept in the run's folder: from it `--resume` restores the command.
     pub(crate) command: Option<RunCommand>,
     /// Files kept beside it, by name: rows that stand nowhere else.
     pub(crate) files: Vec<(&'static str, String)>,
@@ -46,17 +52,14 @@ pub(crate) struct Job {
     pub(crate) again: String,
 }
 
-/// Data that passed the pre-flight.
-pub(crate) struct Checked {
-    pub(crate) train: Preflight,
-    pub(crate) eval: Option<Preflight>,
-}
-
 /// What was measured before training, kept in the run's `samples.json`: a resumed run has it, too.
 #[derive(Debug, Default, Serialize, Deserialize)]
 struct Measured {
-    /// Held-out loss before training, nats a token.
+    /// Held-out loss before training.
     loss: Option<f64>,
+    /// The other numbers of that evaluation, by the name of their metric.
+    #[serde(default)]
+    values: BTreeMap<String, f64>,
     samples: Vec<Answered>,
 }
 
@@ -82,13 +85,13 @@ pub(crate) struct Finished {
     pub(crate) sites: Rc<dyn Sites>,
     pub(crate) run: RunDir,
     best: Option<Best>,
-    summaries: Vec<(String, PreflightSummary)>,
+    tables: Vec<DataTable>,
     seconds: f64,
 }
 
-impl Job {
+impl<T: Task> Job<T> {
     /// Tokenizes and checks all rows, and shows what will be trained.
-    pub(crate) fn check(&self, pretrained: &Pretrained) -> Result<Checked> {
+    pub(crate) fn check(&self, pretrained: &Pretrained) -> Result<Checked<T::Example>> {
         let encoder = ModelEncoder::new(pretrained).ok_or_else(|| no_tokenizer(pretrained))?;
         let context = pretrained.config.max_position_embeddings as usize;
         let virtual_tokens = self.config.method().map_or(0, |method| method.num_virtual_tokens());
@@ -103,25 +106,16 @@ impl Job {
             )));
         }
         eprintln!("checking {} rows", self.rows.len() + self.eval_rows.len());
-        let train = preflight(&self.rows, &encoder, &self.config.data)?;
-        eprintln!("{}", train.summary.to_text());
-        for example in train.examples(&self.rows, &encoder, talk::is_terminal()) {
-            eprintln!("{example}\n");
-        }
-        let eval = (!self.eval_rows.is_empty())
-            .then(|| preflight(&self.eval_rows, &encoder, &self.config.data))
-            .transpose()?;
-        if let Some(eval) = &eval {
-            let shared = overlap(&train.groups, &eval.groups);
-            if shared > 0 {
-                eprintln!("warning: {shared} held-out rows stand in the training data too");
-            }
-        }
-        Ok(Checked { train, eval })
+        T::check(&self.rows, &self.eval_rows, &encoder, &self.config.data)
     }
 
     /// Trains and saves the adapter (or the model) under `output`.
-    pub(crate) fn train(&self, pretrained: &Pretrained, model: &mut CausalLm, checked: Checked) -> Result<Finished> {
+    pub(crate) fn train(
+        &self,
+        pretrained: &Pretrained,
+        model: &mut CausalLm,
+        checked: Checked<T::Example>,
+    ) -> Result<Finished> {
         let started = Instant::now();
         let (sites, parameters, adapter): (Rc<dyn Sites>, _, Option<Rc<dyn Adapter>>) = match self.config.method() {
             Some(mut method) => {
@@ -172,14 +166,13 @@ impl Job {
         };
         eprintln!("{}", memory.to_text());
         let encoder = ModelEncoder::new(pretrained).ok_or_else(|| no_tokenizer(pretrained))?;
-        let (eval_groups, eval_rows) = match &checked.eval {
-            Some(eval) => {
-                (eval.groups.as_slice(), eval.row_of_group.iter().map(|&row| &self.eval_rows[row]).collect::<Vec<_>>())
-            }
-            None => (&[][..], vec![]),
-        };
+        let Checked { mut train, mut eval, tables } = checked;
+        let mut objective =
+            self.task.objective(self, &run, pretrained, model, (&sites, &parameters), [&mut train, &mut eval])?;
+        let eval_rows: Vec<&Row> = eval.row_of_example.iter().map(|&row| &self.eval_rows[row]).collect();
         let questions = questions(&eval_rows, self.num_samples, &encoder, model, sites.as_ref())?;
-        let mut measured = self.before(&run, model, &sites, &encoder, eval_groups, &questions)?;
+        let pass = Pass { step: 0, model, sites: &sites, options: RunOptions::default() };
+        let mut measured = self.before(&run, objective.as_mut(), &pass, &encoder, &eval.examples, &questions)?;
         if let Some(adapter) = &adapter {
             adapter.set_training(true);
         }
@@ -192,9 +185,18 @@ impl Job {
         let lr_factor = |name: &str| adapter.as_ref().map_or(1.0, |adapter| adapter.lr_factor(name));
         let trained =
             Trained { model, sites: sites.clone(), parameters, lr_factor: Box::new(lr_factor), save: Box::new(save) };
-        let groups = checked.train.groups;
         let outcome = interrupts::while_training(|stop| {
-            train(&trained, groups, eval_groups, &self.config, &run, stop, &mut progress)
+            let (rows, eval_rows) = (train.examples, &eval.examples);
+            pt_train::train::train(
+                &trained,
+                objective.as_mut(),
+                rows,
+                eval_rows,
+                &self.config,
+                &run,
+                stop,
+                &mut progress,
+            )
         })?;
         progress.finish();
         progress.kept.take().transpose()?;
@@ -222,8 +224,6 @@ impl Job {
             measured.samples.iter_mut().zip(texts).for_each(|(sample, text)| sample.after = Some(text));
             measured.save(&run)?;
         }
-        let mut summaries = vec![("training".to_string(), checked.train.summary)];
-        summaries.extend(checked.eval.map(|eval| ("held out".to_string(), eval.summary)));
         let finished = Finished {
             outcome,
             loss: (measured.loss, after),
@@ -232,12 +232,12 @@ impl Job {
             sites,
             run,
             best,
-            summaries,
+            tables,
             seconds: started.elapsed().as_secs_f64(),
         };
         finished.report(self, vec![], measured.samples.into_iter().filter_map(Answered::into_sample).collect())?;
-        if outcome.ending == Ending::Interrupted {
-            eprintln!("stopped at step {}; continue with: {}", outcome.steps, self.again);
+        if finished.outcome.ending == Ending::Interrupted {
+            eprintln!("stopped at step {}; continue with: {}", finished.outcome.steps, self.again);
             return Ok(finished);
         }
         match (&finished.last, &finished.best) {
@@ -258,13 +258,13 @@ impl Job {
     fn before(
         &self,
         run: &RunDir,
-        model: &CausalLm,
-        sites: &Rc<dyn Sites>,
+        objective: &mut dyn Objective<Example = T::Example>,
+        pass: &Pass<'_>,
         encoder: &ModelEncoder<'_>,
-        eval_groups: &[PromptGroup],
+        eval_examples: &[T::Example],
         questions: &[Question],
     ) -> Result<Measured> {
-        if eval_groups.is_empty() {
+        if eval_examples.is_empty() {
             return Ok(Measured::default());
         }
         let prompts = || questions.iter().map(|question| question.prompt.as_str());
@@ -273,24 +273,21 @@ impl Job {
         {
             return Ok(kept);
         }
-        let mut work = talk::Work::new("held-out loss before training", eval_groups.len(), "rows");
+        let mut work = talk::Work::new("held-out loss before training", eval_examples.len(), "rows");
         let max_tokens = self.config.batch.max_tokens.unwrap_or(4096);
-        let held_out = evaluate(model, sites, eval_groups, max_tokens, |done| work.set(done))?;
+        let held_out = evaluate(objective, pass, eval_examples, max_tokens, &mut |done| work.set(done))?;
         work.finish();
-        eprintln!(
-            "held out before training: loss {:.4}, token accuracy {:.1} %",
-            held_out.loss,
-            held_out.accuracy * 100.0
-        );
+        eprintln!("held out before training: {}", shown(&held_out));
         let token_ids: Vec<Vec<i64>> = questions.iter().map(|question| question.token_ids.clone()).collect();
-        let texts = answers(model, sites, encoder, &token_ids, SAMPLE_TOKENS, "answers before training")?;
+        let texts = answers(pass.model, pass.sites, encoder, &token_ids, SAMPLE_TOKENS, "answers before training")?;
         let samples = questions.iter().zip(texts).map(|(question, before)| Answered {
             prompt: question.prompt.clone(),
             expected: question.expected.clone(),
             before,
             after: None,
         });
-        let measured = Measured { loss: Some(held_out.loss), samples: samples.collect() };
+        let values = held_out.values.iter().map(|(name, value)| (name.to_string(), *value)).collect();
+        let measured = Measured { loss: Some(held_out.loss), values, samples: samples.collect() };
         measured.save(run)?;
         Ok(measured)
     }
@@ -325,13 +322,18 @@ impl Answered {
 
 impl Finished {
     /// Writes report.html, with more numbers and samples where a caller has them.
-    pub(crate) fn report(&self, job: &Job, mut headlines: Vec<Headline>, samples: Vec<Sample>) -> Result<()> {
+    pub(crate) fn report<T: Task>(
+        &self,
+        job: &Job<T>,
+        mut headlines: Vec<Headline>,
+        samples: Vec<Sample>,
+    ) -> Result<()> {
         if let (before, Some(after)) = self.loss {
             headlines.push(Headline {
                 label: "held-out loss".into(),
                 before,
                 after,
-                unit: "nats/token".into(),
+                unit: T::LOSS_UNIT.into(),
                 better: Better::Lower,
             });
         }
@@ -349,11 +351,11 @@ impl Finished {
             commands.insert(0, format!("pt chat --model {adapter}"));
         }
         let report = Report {
-            title: "Supervised fine-tuning".into(),
+            title: T::TITLE.into(),
             subtitle: format!("{model}, {:?} on {:?}", job.kind, job.device),
             headlines,
             series: read_series(&self.run.metrics_path())?,
-            data: self.summaries.clone(),
+            data: self.tables.clone(),
             samples,
             facts: vec![
                 ("result".into(), self.chosen.display().to_string()),
@@ -446,6 +448,16 @@ pub(crate) fn save_checkpoint(
     Ok(())
 }
 
+/// An evaluation in words: its loss and its first other number.
+fn shown(evaluation: &Evaluation) -> String {
+    let first = evaluation.values.first().map(|&(name, value)| match name {
+        names::ACCURACY => format!(", token accuracy {:.1} %", value * 100.0),
+        _ if name.contains("accurac") => format!(", pair accuracy {:.1} %", value * 100.0),
+        _ => format!(", {name} {value:.4}"),
+    });
+    format!("loss {:.4}{}", evaluation.loss, first.unwrap_or_default())
+}
+
 /// Keeps a resumed run's settings once a step was done with them: those that its checkpoint refuses are not kept.
 type Keep<'a> = Box<dyn FnOnce() -> Result<()> + 'a>;
 
@@ -509,10 +521,6 @@ impl Observer for Progress<'_> {
 
     fn on_evaluation(&mut self, step: u64, evaluation: &Evaluation, is_best: bool) {
         let mark = if is_best { " (best so far)" } else { "" };
-        self.say(&format!(
-            "step {step}: held-out loss {:.4}, token accuracy {:.1} %{mark}",
-            evaluation.loss,
-            evaluation.accuracy * 100.0
-        ));
+        self.say(&format!("step {step}: held-out {}{mark}", shown(evaluation)));
     }
 }

@@ -10,6 +10,8 @@ mod memory;
 mod open;
 mod run_command;
 mod talk;
+mod task;
+mod training;
 
 use clap::{Parser, Subcommand};
 use std::process::ExitCode;

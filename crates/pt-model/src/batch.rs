@@ -6,6 +6,7 @@
 
 use crate::{ModelError, Result};
 use pt_tensor::{AttentionPlan, Device, Segment, Tensor};
+use std::borrow::Borrow;
 use std::sync::Arc;
 
 /// One completion of a prompt.
@@ -88,7 +89,7 @@ impl PackedBatch {
     /// # Errors
     /// [`ModelError::Argument`] without groups; [`ModelError::Batch`] for a group without completions, an empty
     /// completion of an empty prompt, or a mask of another length than its tokens.
-    pub fn new(groups: &[PromptGroup], device: Device) -> Result<Self> {
+    pub fn new<G: Borrow<PromptGroup>>(groups: &[G], device: Device) -> Result<Self> {
         if groups.is_empty() {
             return Err(ModelError::Argument {
                 what: "groups".into(),
@@ -96,14 +97,14 @@ impl PackedBatch {
                 expected: "at least one prompt group".into(),
             });
         }
-        let total: usize = groups.iter().map(PromptGroup::num_tokens).sum();
+        let total: usize = groups.iter().map(|group| group.borrow().num_tokens()).sum();
         let mut ids = Vec::with_capacity(total);
         let mut positions = Vec::with_capacity(total);
         let mut prompt_of_token = Vec::with_capacity(total);
         let mut segments = Vec::new();
         let (mut label_positions, mut label_ids, mut label_completion) = (Vec::new(), Vec::new(), Vec::new());
         let mut last_positions = Vec::new();
-        for (index, group) in groups.iter().enumerate() {
+        for (index, group) in groups.iter().map(Borrow::borrow).enumerate() {
             if group.completions.is_empty() {
                 return Err(ModelError::Batch { group: index, reason: "it has no completion".into() });
             }
@@ -241,7 +242,7 @@ mod tests {
     fn a_group_without_completions_is_refused() {
         let error = PackedBatch::new(&[PromptGroup { prompt: vec![1], completions: vec![] }], Device::Cpu).unwrap_err();
         assert_eq!(error.to_string(), "prompt group 0: it has no completion");
-        let error = PackedBatch::new(&[], Device::Cpu).unwrap_err();
+        let error = PackedBatch::new::<PromptGroup>(&[], Device::Cpu).unwrap_err();
         assert_eq!(error.to_string(), "`groups` is empty, expected at least one prompt group");
     }
 

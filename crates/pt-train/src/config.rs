@@ -11,10 +11,14 @@ use serde_yaml_ng::{Mapping, Value};
 
 use crate::error::{Result, TrainError};
 
+/// The section of a run's settings whose fields `--set` reaches without its name.
+const OBJECTIVE: &str = "objective.";
+
 /// Loads a configuration from an optional YAML file, then sets single fields.
 ///
 /// `sets` are pairs of a dotted field and a value in YAML, as in `--set optim.learning_rate=1e-4`; a later one
-/// wins. Fields not named keep their defaults, for which `T` (and each struct in it) carries
+/// wins. Fields of the section `objective` go without its name, too: `--set beta=0.2` is
+/// `--set objective.loss.beta=0.2`. Fields not named keep their defaults, for which `T` (and each struct in it) carries
 /// `#[serde(default, deny_unknown_fields)]`.
 ///
 /// # Errors
@@ -31,7 +35,10 @@ use crate::error::{Result, TrainError};
 /// assert_eq!(error.to_string(), "--set warmup_step=4: unknown key `warmup_step`, did you mean `warmup_steps`?");
 /// # Ok::<(), pt_train::TrainError>(())
 /// ```
-pub fn load_config<T: DeserializeOwned + Default>(path: Option<&Path>, sets: &[(String, String)]) -> Result<T> {
+pub fn load_config<T: Serialize + DeserializeOwned + Default>(
+    path: Option<&Path>,
+    sets: &[(String, String)],
+) -> Result<T> {
     let mut tree = Value::Mapping(Mapping::new());
     let mut place = "configuration".to_owned();
     if let Some(path) = path {
@@ -54,10 +61,12 @@ pub fn load_config<T: DeserializeOwned + Default>(path: Option<&Path>, sets: &[(
             }
         }
     }
+    let fields: Vec<String> = flatten(&T::default()).into_iter().map(|(name, _)| name).collect();
     for (key, text) in sets {
         place = format!("--set {key}={text}");
         let value: Value =
             serde_yaml_ng::from_str(text).map_err(|error| config_error(&place, key, &error.to_string()))?;
+        let key = &whole_name(key, &fields);
         set_field(&mut tree, key, value).map_err(|message| TrainError::Config { place: place.clone(), message })?;
         // Each is judged as it comes, so that the message names the one at fault.
         parse_tree::<T>(&tree).map_err(|message| config_error(&place, key, &message))?;
@@ -230,6 +239,17 @@ fn parse_tree<T: DeserializeOwned>(tree: &Value) -> Result<T, String> {
     })
 }
 
+/// The dotted name of a field that `--set` may name without the sections of the objective that it stands in.
+fn whole_name(key: &str, fields: &[String]) -> String {
+    let section = key.split('.').next().unwrap_or(key);
+    let is_known = fields.iter().any(|field| field.split('.').next() == Some(section));
+    let end = format!(".{key}");
+    match fields.iter().find(|field| field.starts_with(OBJECTIVE) && field.ends_with(&end)) {
+        Some(field) if !is_known => field.clone(),
+        _ => key.to_owned(),
+    }
+}
+
 fn set_field(tree: &mut Value, key: &str, value: Value) -> Result<(), String> {
     let mut at = tree;
     let mut parts = key.split('.').peekable();
@@ -314,6 +334,17 @@ mod tests {
         assert_eq!(again, expected);
         assert_eq!(load("# nothing\n", &[]).expect("empty is all defaults"), Outer::default());
         assert_eq!(flatten(&config)[2], ("peft.rank".into(), "8".into()));
+    }
+
+    #[test]
+    fn fields_of_the_objective_go_without_its_name() {
+        use crate::sft::{SftConfig, SftLoss};
+        let config: SftConfig = load_config(None, &sets(&[("loss", "dft")])).expect("the objective's");
+        assert_eq!(config.objective.loss, SftLoss::Dft);
+        let config: SftConfig = load_config(None, &sets(&[("objective.loss", "dft")])).expect("its whole name");
+        assert_eq!(config.objective.loss, SftLoss::Dft);
+        let error = load_config::<SftConfig>(None, &sets(&[("los", "dft")])).expect_err("a typo");
+        assert!(matches!(error, TrainError::UnknownKey { .. }), "{error}");
     }
 
     #[test]

@@ -238,6 +238,14 @@ pub enum TrainError {
     /// An error of a parameter-efficient method.
     #[error(transparent)]
     Peft(#[from] pt_peft::PeftError),
+    /// What an objective of another crate refuses, in its words.
+    #[error("{message}")]
+    Objective {
+        /// What is wrong.
+        message: String,
+        /// What to do about it.
+        hint: Option<String>,
+    },
     /// A line in a metrics file is damaged in a place where a crash cannot have done it.
     #[error("{path}:{line}: {message}")]
     Metrics {
@@ -265,6 +273,7 @@ impl TrainError {
     /// What to do about it, in one line, where there is something to say.
     pub fn hint(&self) -> Option<String> {
         Some(match self {
+            Self::Objective { hint, .. } => return hint.clone(),
             Self::Read { source, .. } if source.kind() == std::io::ErrorKind::NotFound => {
                 "check the path; relative paths start at the current folder".into()
             }

@@ -6,6 +6,7 @@ use crate::job::Job;
 use crate::open::BaseFormat;
 use crate::run_command::{RunCommand, absolute, dtype_name};
 use crate::talk::say;
+use crate::task::SftTask;
 use anyhow::{Context, Result};
 use pt_model::{Bare, CausalLm, Pretrained, Sites};
 use pt_tensor::{Kind, parse_device, parse_kind};
@@ -14,7 +15,8 @@ use pt_train::data::{Encode, Message, Row, RowContent, Text};
 use pt_train::encoder::ModelEncoder;
 use pt_train::report::{Better, Headline, Sample};
 use pt_train::run_dir::RunDir;
-use pt_train::sft::{Ending, SftConfig};
+use pt_train::sft::SftConfig;
+use pt_train::train::Ending;
 use serde_json::{Value, json};
 use std::collections::HashSet;
 use std::path::{Path, PathBuf};
@@ -236,6 +238,7 @@ fn sft(args: SftArgs) -> Result<ExitCode> {
         samples: Some(0),
     };
     let job = Job {
+        task: SftTask,
         model_path: args.model.clone(),
         adapter: None,
         device,

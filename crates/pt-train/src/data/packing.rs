@@ -5,11 +5,11 @@
 //! depend on the split. An epoch's order depends on the seed and the epoch alone, so a [`Cursor`] of two numbers
 //! continues it.
 
-use pt_model::PromptGroup;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Result, TrainError};
+use crate::objective::Example;
 
 /// How rows are taken.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -53,23 +53,23 @@ pub struct Cursor {
 ///
 /// Each row comes exactly once an epoch; the last window of an epoch may be smaller.
 #[derive(Clone, Debug)]
-pub struct Batches {
-    groups: Vec<PromptGroup>,
+pub struct Batches<E> {
+    examples: Vec<E>,
     config: BatchConfig,
     cursor: Cursor,
     /// The order of `cursor.epoch`.
     order: Vec<usize>,
 }
 
-impl Batches {
+impl<E: Example> Batches<E> {
     /// Starts at the first row of epoch 0.
     ///
     /// # Errors
-    /// [`TrainError::Config`] when there are no groups or a size is 0.
-    pub fn new(groups: Vec<PromptGroup>, config: BatchConfig) -> Result<Self> {
+    /// [`TrainError::Config`] when there are no examples or a size is 0.
+    pub fn new(examples: Vec<E>, config: BatchConfig) -> Result<Self> {
         let fault =
             |field: &str, message: &str| Err(TrainError::Config { place: field.into(), message: message.into() });
-        if groups.is_empty() {
+        if examples.is_empty() {
             return fault("data", "holds no rows to batch");
         }
         if config.batch_size == 0 {
@@ -81,26 +81,28 @@ impl Batches {
         if config.max_tokens == Some(0) {
             return fault("max_tokens", "is 0, expected at least 1, or null for no limit");
         }
-        let order = epoch_order(groups.len(), &config, 0);
-        Ok(Self { groups, config, cursor: Cursor::default(), order })
+        let order = epoch_order(examples.len(), &config, 0);
+        Ok(Self { examples, config, cursor: Cursor::default(), order })
     }
 
-    /// The next window: its micro-batches, each a list of groups to pack.
-    pub fn next_window(&mut self) -> Vec<Vec<PromptGroup>> {
+    /// The next window: its micro-batches, each a list of examples to pack.
+    pub fn next_window(&mut self) -> Vec<Vec<&E>> {
         let window = self.next_indices();
-        window.into_iter().map(|rows| rows.into_iter().map(|row| self.groups[row].clone()).collect()).collect()
+        window.into_iter().map(|rows| rows.into_iter().map(|row| &self.examples[row]).collect()).collect()
     }
 
-    /// As [`Self::next_window`], as indices into the groups.
+    /// As [`Self::next_window`], as indices into the examples.
     pub fn next_indices(&mut self) -> Vec<Vec<usize>> {
         let start = self.cursor.row;
         let end = start.saturating_add(self.config.rows_per_step()).min(self.order.len());
-        let split = |rows: &[usize]| split_by_tokens(rows, self.config.max_tokens, |row| self.groups[row].num_tokens());
+        let split = |rows: &[usize]| {
+            split_by_tokens(rows, self.config.max_tokens, |row| self.examples[row].group().num_tokens())
+        };
         let window = self.order[start..end].chunks(self.config.batch_size).flat_map(split).collect();
         self.cursor.row = end;
         if end == self.order.len() {
             self.cursor = Cursor { epoch: self.cursor.epoch + 1, row: 0 };
-            self.order = epoch_order(self.groups.len(), &self.config, self.cursor.epoch);
+            self.order = epoch_order(self.examples.len(), &self.config, self.cursor.epoch);
         }
         window
     }
@@ -115,18 +117,18 @@ impl Batches {
     /// # Errors
     /// [`TrainError::Config`] when the place lies past the rows: the data changed since it was saved.
     pub fn seek(&mut self, cursor: Cursor) -> Result<()> {
-        if cursor.row >= self.groups.len() {
+        if cursor.row >= self.examples.len() {
             return Err(TrainError::Config {
                 place: "checkpoint".into(),
                 message: format!(
                     "is at row {} of an epoch, the data has {} rows: it changed since the run began",
                     cursor.row,
-                    self.groups.len()
+                    self.examples.len()
                 ),
             });
         }
         if cursor.epoch != self.cursor.epoch {
-            self.order = epoch_order(self.groups.len(), &self.config, cursor.epoch);
+            self.order = epoch_order(self.examples.len(), &self.config, cursor.epoch);
         }
         self.cursor = cursor;
         Ok(())
@@ -134,12 +136,12 @@ impl Batches {
 
     /// Windows, so optimizer steps, of one epoch.
     pub fn windows_per_epoch(&self) -> usize {
-        self.groups.len().div_ceil(self.config.rows_per_step())
+        self.examples.len().div_ceil(self.config.rows_per_step())
     }
 
     /// Epochs done, with the part of the current one.
     pub fn epochs_done(&self) -> f64 {
-        self.cursor.epoch as f64 + self.cursor.row as f64 / self.groups.len() as f64
+        self.cursor.epoch as f64 + self.cursor.row as f64 / self.examples.len() as f64
     }
 }
 
@@ -199,12 +201,13 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
     use pt_model::Completion;
+    use pt_model::PromptGroup;
 
     fn groups(lengths: &[usize]) -> Vec<PromptGroup> {
         lengths.iter().map(|&length| PromptGroup::single(vec![1; length], Completion::new(vec![2]))).collect()
     }
 
-    fn batches(lengths: &[usize], config: BatchConfig) -> Batches {
+    fn batches(lengths: &[usize], config: BatchConfig) -> Batches<PromptGroup> {
         Batches::new(groups(lengths), config).expect("a good configuration")
     }
 
@@ -246,7 +249,7 @@ mod tests {
 
     #[test]
     fn zero_sizes_and_foreign_cursors_are_refused() {
-        assert!(Batches::new(Vec::new(), BatchConfig::default()).is_err());
+        assert!(Batches::<PromptGroup>::new(Vec::new(), BatchConfig::default()).is_err());
         assert!(Batches::new(groups(&[1]), BatchConfig { batch_size: 0, ..BatchConfig::default() }).is_err());
         assert!(Batches::new(groups(&[1]), BatchConfig { max_tokens: Some(0), ..BatchConfig::default() }).is_err());
         assert!(batches(&[1, 1], BatchConfig::default()).seek(Cursor { epoch: 0, row: 2 }).is_err());

@@ -3,7 +3,10 @@
 //! Styles and plots stand in the file itself, it asks for no other, and it follows the reader's light or dark
 //! setting. All text from data is escaped.
 
+mod data;
 mod plot;
+
+pub use data::DataTable;
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -11,7 +14,6 @@ use std::path::Path;
 
 use plot::{Curve, Plot, significant};
 
-use crate::data::PreflightSummary;
 use crate::error::Result;
 use crate::metrics::{Series, names};
 
@@ -66,7 +68,7 @@ pub struct Report {
     /// Metrics by name, as [`crate::metrics::MetricsWriter::series`] has them; names not known get a plot of their own.
     pub series: BTreeMap<String, Series>,
     /// Pre-flight of each data set, under its name.
-    pub data: Vec<(String, PreflightSummary)>,
+    pub data: Vec<DataTable>,
     /// Answers before and after.
     pub samples: Vec<Sample>,
     /// Facts of the run: versions, device, durations.
@@ -94,11 +96,7 @@ impl Report {
         }
         section(&mut page, "Training", &self.plots());
         section(&mut page, "Before and after", &self.samples_html());
-        section(
-            &mut page,
-            "Data",
-            &self.data.iter().map(|(name, summary)| data_table(name, summary)).collect::<String>(),
-        );
+        section(&mut page, "Data", &self.data.iter().map(data_table).collect::<String>());
         if !self.commands.is_empty() {
             let commands = self.commands.iter().map(|command| escape(command)).collect::<Vec<_>>().join("\n");
             section(&mut page, "Next", &format!("<div class=\"card\"><pre class=\"commands\">{commands}</pre></div>"));
@@ -216,43 +214,19 @@ fn tile(headline: &Headline) -> String {
     html
 }
 
-fn data_table(name: &str, summary: &PreflightSummary) -> String {
-    let head = [
-        "rows",
-        "trained rows",
-        "over-long",
-        "cut",
-        "nothing to train",
-        "duplicates",
-        "tokens",
-        "trained tokens",
-        "median length",
-        "longest",
-    ];
-    let head: String = head.iter().map(|title| format!("<th class=\"number\">{title}</th>")).collect();
-    let mut html = format!("<div class=\"card\"><table><tr><th>{}</th>{head}</tr>", escape(name));
-    for source in &summary.sources {
-        let _ = write!(html, "<tr><td>{}</td>", escape(&source.name));
-        for count in [
-            source.rows,
-            source.kept,
-            source.over_long,
-            source.truncated,
-            source.dropped_empty,
-            source.duplicates,
-            source.tokens,
-            source.labels,
-            source.length_median,
-            source.length_max,
-        ] {
-            let _ = write!(html, "<td class=\"number\">{}</td>", grouped(count));
-        }
-        html.push_str("</tr>");
+fn data_table(table: &DataTable) -> String {
+    let head: String = table.head.iter().map(|title| format!("<th class=\"number\">{}</th>", escape(title))).collect();
+    let mut html = format!("<div class=\"card\"><table><tr><th>{}</th>{head}</tr>", escape(&table.name));
+    for (source, cells) in &table.sources {
+        let cells: String = cells.iter().map(|cell| format!("<td class=\"number\">{}</td>", escape(cell))).collect();
+        let _ = write!(html, "<tr><td>{}</td>{cells}</tr>", escape(source));
     }
     html.push_str("</table>");
-    if !summary.warnings.is_empty() {
-        let items: String = summary.warnings.iter().map(|warning| format!("<li>{}</li>", escape(warning))).collect();
-        let _ = write!(html, "<ul class=\"warnings\">{items}</ul>");
+    for (class, lines) in [("notes", &table.notes), ("warnings", &table.warnings)] {
+        if !lines.is_empty() {
+            let items: String = lines.iter().map(|line| format!("<li>{}</li>", escape(line))).collect();
+            let _ = write!(html, "<ul class=\"{class}\">{items}</ul>");
+        }
     }
     html.push_str("</div>\n");
     html
@@ -300,7 +274,7 @@ fn escape(text: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::data::SourceSummary;
+    use crate::data::{PreflightSummary, SourceSummary};
 
     fn full() -> Report {
         let wave = |step: u64| (step as f64 * 12.9898).sin() * 0.5;
@@ -359,7 +333,7 @@ mod tests {
                 headline("Time", None, 7.4, "min", Better::Neither),
             ],
             series: all,
-            data: vec![("Training".into(), PreflightSummary { max_length: 512, sources: vec![source], warnings: vec!["boolq: 19 rows (0.8 %) are longer than 512 tokens and left out".into()] })],
+            data: vec![DataTable::of_rows("Training", &PreflightSummary { max_length: 512, sources: vec![source], warnings: vec!["boolq: 19 rows (0.8 %) are longer than 512 tokens and left out".into()] })],
             samples: vec![Sample {
                 prompt: "Persian language -- Persian is <one> of the Western Iranian languages…\n\nQuestion: do iran and afghanistan speak the same language?".into(),
                 expected: Some("Yes".into()),

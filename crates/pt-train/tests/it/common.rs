@@ -5,7 +5,8 @@ use pt_train::Result;
 use pt_train::data::BatchConfig;
 use pt_train::run_dir::RunDir;
 use pt_train::schedule::{ScheduleConfig, ScheduleKind};
-use pt_train::sft::{Observer, Outcome, SftConfig, StepRecord, Trained, train};
+use pt_train::sft::SftConfig;
+use pt_train::train::{Observer, Outcome, StepRecord, Trained, train};
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -117,7 +118,8 @@ impl Setup {
         };
         let stop = AtomicBool::new(false);
         let mut recorder = Recorder { records: vec![], stop_after, stop: &stop };
-        let outcome = train(&trained, rows, eval_rows, config, run, &stop, &mut recorder);
+        let outcome =
+            train(&trained, &mut config.objective.clone(), rows, eval_rows, config, run, &stop, &mut recorder);
         (outcome, recorder.records)
     }
 }
@@ -130,7 +132,7 @@ struct Recorder<'a> {
 
 impl Observer for Recorder<'_> {
     fn on_step(&mut self, record: &StepRecord) {
-        self.records.push(*record);
+        self.records.push(record.clone());
         if self.stop_after == Some(record.step) {
             self.stop.store(true, Ordering::Relaxed);
         }

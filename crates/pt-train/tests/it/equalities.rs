@@ -2,7 +2,8 @@ use crate::common::{Setup, config, lora_config, new_run, rows, take_turns};
 use pt_peft::LoraAdapter;
 use pt_tensor::Kind;
 use pt_train::data::BatchConfig;
-use pt_train::sft::{SftConfig, StepRecord};
+use pt_train::sft::{Sft, SftConfig, SftLoss};
+use pt_train::train::StepRecord;
 
 /// Losses, gradient norms and final weights of ten steps over windows of eight rows, split as `batch` says.
 fn run_with(batch: BatchConfig, is_lora: bool, is_checkpointed: bool) -> (Vec<StepRecord>, Setup) {
@@ -47,6 +48,28 @@ fn accumulation_and_token_limits_do_not_change_a_run() {
             check_equal(&format!("{batch_size} x {accumulation}, {max_tokens:?} tokens"), &whole, &parts);
         }
     }
+}
+
+#[test]
+fn dynamic_fine_tuning_weighs_a_token_by_its_probability() {
+    let _turn = take_turns();
+    // A row with one label: the gradient is that of −log p, times p.
+    let mut row = rows()[0].clone();
+    row.completions[0].token_ids.truncate(1);
+    row.completions[0].is_label = vec![true];
+    let first_step = |loss: SftLoss| {
+        let objective = Sft { loss };
+        let batch = split(1, 1, None);
+        let config = SftConfig { max_steps: Some(1), batch, max_grad_norm: None, objective, ..config() };
+        let (_folder, run) = new_run();
+        let (outcome, records) = Setup::full().train(vec![row.clone()], &[], &config, &run, None);
+        outcome.unwrap();
+        records[0].clone()
+    };
+    let (nll, dft) = (first_step(SftLoss::Nll), first_step(SftLoss::Dft));
+    let probability = (-nll.loss).exp();
+    assert!((dft.loss / (probability * nll.loss) - 1.0).abs() < 1e-5, "{dft:?} and {nll:?}");
+    assert!((dft.grad_norm / (probability * nll.grad_norm) - 1.0).abs() < 1e-5, "{dft:?} and {nll:?}");
 }
 
 #[test]

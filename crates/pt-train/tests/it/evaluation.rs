@@ -1,17 +1,29 @@
 //! Held-out rows: the loss itself, the best checkpoint, early stopping.
 
 use crate::common::{Setup, config, fixtures, lora_config, new_run, rows, take_turns, tiny_llama};
-use pt_model::{Bare, CausalLm, Pretrained, Sites};
+use pt_model::{Bare, CausalLm, Pretrained, PromptGroup, RunOptions, Sites};
 use pt_peft::{Adapter, AdapterSet, LoraAdapter};
 use pt_tensor::{Device, Kind, no_grad};
 use pt_train::TrainError;
+use pt_train::objective::{Evaluation, Pass, evaluate};
 use pt_train::schedule::ScheduleConfig;
-use pt_train::sft::{BestCheckpoint, Ending, SftConfig, evaluate};
+use pt_train::sft::{Sft, SftConfig};
+use pt_train::train::{BestCheckpoint, Ending};
 use std::rc::Rc;
 
 /// Learns nothing: a step is far below the precision of the weights, so no evaluation is better than the first.
 fn still() -> SftConfig {
     SftConfig { max_steps: Some(20), learning_rate: 1e-30, eval_every: 2, early_stopping: Some(2), ..config() }
+}
+
+fn held_out(
+    model: &CausalLm,
+    sites: &Rc<dyn Sites>,
+    rows: &[PromptGroup],
+    max_tokens: usize,
+) -> pt_train::Result<Evaluation> {
+    let pass = Pass { step: 0, model, sites, options: RunOptions::default() };
+    evaluate(&mut Sft::default(), &pass, rows, max_tokens, &mut |_| {})
 }
 
 #[test]
@@ -28,7 +40,7 @@ fn the_held_out_loss_is_taken_without_dropout() {
         let adapter = Rc::new(adapter);
         set.insert("one", adapter.clone()).unwrap();
         let sites: Rc<dyn Sites> = if is_in_set { Rc::new(set) } else { adapter };
-        let loss = evaluate(&model, &sites, &rows()[..10], 100, |_| {}).unwrap().loss;
+        let loss = held_out(&model, &sites, &rows()[..10], 100).unwrap().loss;
         assert!(sites.set_training(true), "training goes on as before");
         loss
     };
@@ -49,7 +61,7 @@ fn a_held_out_row_without_a_finite_loss_is_named() {
     let embeddings = model.parameter("model.embed_tokens.weight").unwrap();
     let _ = no_grad(|| embeddings.get(token).fill_(f64::NAN));
     let bare: Rc<dyn Sites> = Rc::new(Bare);
-    let error = evaluate(&model, &bare, &rows, 1, |_| {}).unwrap_err();
+    let error = held_out(&model, &bare, &rows, 1).unwrap_err();
     let text = error.to_string();
     assert!(text.contains("held-out log-probs is not finite") && text.contains("held-out row 4 of 6"), "{text}");
 }

@@ -2,7 +2,7 @@ use crate::common::{Setup, config, fixtures, new_run, rows, take_turns};
 use pt_peft::LoraAdapter;
 use pt_tensor::io::SafetensorsReader;
 use pt_tensor::{Device, Kind};
-use pt_train::sft::StepRecord;
+use pt_train::train::StepRecord;
 
 /// A number of a case.toml.
 fn number(case_toml: &str, key: &str) -> f64 {

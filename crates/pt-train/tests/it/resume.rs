@@ -4,7 +4,8 @@ use pt_tensor::{AdamWConfig, AdamWVariant};
 use pt_train::TrainError;
 use pt_train::data::BatchConfig;
 use pt_train::run_dir::RunDir;
-use pt_train::sft::{Ending, SftConfig};
+use pt_train::sft::SftConfig;
+use pt_train::train::Ending;
 use std::path::Path;
 
 fn settings() -> SftConfig {

@@ -1,0 +1,119 @@
+//! What the kinds of training differ in, for the one job that runs them.
+
+use crate::job::Job;
+use crate::talk;
+use anyhow::Result;
+use pt_model::{CausalLm, Pretrained, Sites};
+use pt_tensor::Tensor;
+use pt_train::data::{DataConfig, Preflight, PromptGroup, Row, overlap, preflight};
+use pt_train::encoder::ModelEncoder;
+use pt_train::objective::{Example, Objective};
+use pt_train::report::DataTable;
+use pt_train::run_dir::RunDir;
+use pt_train::settings::ObjectiveConfig;
+use pt_train::sft::Sft;
+use std::rc::Rc;
+
+/// What is trained: what is switched on at the model's sites, and the tensors that learn, by name.
+pub(crate) type Policy<'a> = (&'a Rc<dyn Sites>, &'a [(String, Tensor)]);
+
+/// One kind of training.
+pub(crate) trait Task: Sized {
+    /// The objective's part of the settings.
+    type Settings: ObjectiveConfig;
+    /// What it is trained on.
+    type Example: Example + 'static;
+    /// The command that runs it, as in `pt sft`.
+    const COMMAND: &'static str;
+    /// The forms of its rows, for `--help`.
+    const ROWS: &'static str;
+    /// Title of the report.
+    const TITLE: &'static str;
+    /// What its loss counts.
+    const LOSS_UNIT: &'static str;
+
+    /// Tokenizes and checks training and held-out rows, and shows what will be trained.
+    fn check(
+        rows: &[Row],
+        eval_rows: &[Row],
+        encoder: &ModelEncoder<'_>,
+        data: &DataConfig,
+    ) -> Result<Checked<Self::Example>>;
+
+    /// What is optimized; it may complete the training and the held-out rows.
+    fn objective(
+        &self,
+        job: &Job<Self>,
+        run: &RunDir,
+        pretrained: &Pretrained,
+        model: &CausalLm,
+        policy: Policy<'_>,
+        rows: [&mut CheckedRows<Self::Example>; 2],
+    ) -> Result<Box<dyn Objective<Example = Self::Example>>>;
+}
+
+/// Rows that passed the pre-flight.
+pub(crate) struct CheckedRows<E> {
+    pub(crate) examples: Vec<E>,
+    /// For each example, its row in the input.
+    pub(crate) row_of_example: Vec<usize>,
+}
+
+/// Training and held-out rows that did.
+pub(crate) struct Checked<E> {
+    pub(crate) train: CheckedRows<E>,
+    /// Empty without held-out data.
+    pub(crate) eval: CheckedRows<E>,
+    /// What was found in them, for the report.
+    pub(crate) tables: Vec<DataTable>,
+}
+
+/// Supervised fine-tuning.
+pub(crate) struct SftTask;
+
+impl Task for SftTask {
+    type Settings = Sft;
+    type Example = PromptGroup;
+    const COMMAND: &'static str = "sft";
+    const ROWS: &'static str = "`messages`; `prompt`, `completion`; `instruction`, `input`, `output`; or `text`";
+    const TITLE: &'static str = "Supervised fine-tuning";
+    const LOSS_UNIT: &'static str = "nats/token";
+
+    fn check(
+        rows: &[Row],
+        eval_rows: &[Row],
+        encoder: &ModelEncoder<'_>,
+        data: &DataConfig,
+    ) -> Result<Checked<PromptGroup>> {
+        let train = preflight(rows, encoder, data)?;
+        eprintln!("{}", train.summary.to_text());
+        for example in train.examples(rows, encoder, talk::is_terminal()) {
+            eprintln!("{example}\n");
+        }
+        let mut tables = vec![DataTable::of_rows("training", &train.summary)];
+        let mut eval = CheckedRows { examples: vec![], row_of_example: vec![] };
+        if !eval_rows.is_empty() {
+            let Preflight { groups, row_of_group, summary } = preflight(eval_rows, encoder, data)?;
+            let shared = overlap(&train.groups, &groups);
+            if shared > 0 {
+                eprintln!("warning: {shared} held-out rows stand in the training data too");
+            }
+            tables.push(DataTable::of_rows("held out", &summary));
+            eval = CheckedRows { examples: groups, row_of_example: row_of_group };
+        }
+        let train = CheckedRows { examples: train.groups, row_of_example: train.row_of_group };
+        Ok(Checked { train, eval, tables })
+    }
+
+    fn objective(
+        &self,
+        job: &Job<Self>,
+        _run: &RunDir,
+        _pretrained: &Pretrained,
+        _model: &CausalLm,
+        _policy: Policy<'_>,
+        _rows: [&mut CheckedRows<PromptGroup>; 2],
+    ) -> Result<Box<dyn Objective<Example = PromptGroup>>> {
+        Ok(Box::new(job.config.objective.clone()))
+    }
+}
