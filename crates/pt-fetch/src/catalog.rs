@@ -100,7 +100,8 @@ pub struct Take {
     /// Append the member to this one file instead (large files that come in parts).
     #[serde(default)]
     pub append_to: Option<String>,
-    /// Rewrite the member as JSONL rows with `prompt` and `completion`; the forms are in `unpack.py`.
+    /// Rewrite the member as JSONL rows with `prompt` and `completion`, or with judged completions; the forms are in
+    /// `unpack.py`. Those that split rows into training and validation name their files, whatever `append_to` says.
     #[serde(default)]
     pub rows: Option<String>,
 }
