@@ -131,7 +131,7 @@ pub enum TrainError {
         /// First such row.
         origin: Origin,
         /// Which way it came to nothing.
-        why: &'static str,
+        why: String,
         /// How many rows share the fault.
         count: usize,
     },
@@ -293,6 +293,9 @@ impl TrainError {
             Self::UnknownFormat { .. } => "convert the file to one JSON object per line".into(),
             Self::WrongForm { found: "prompt-only", .. } => {
                 "add what should follow the prompt as `completion`; `pt generate` takes prompts alone".into()
+            }
+            Self::WrongForm { task: "preference training", .. } => {
+                "such rows judge nothing; preferences are `prompt`, `chosen`, `rejected`, or completions with ranks or labels".into()
             }
             Self::WrongForm { .. } => {
                 "train on preferences with `pt dpo`; or map a column, e.g. --set data.columns.completion=chosen".into()

@@ -6,7 +6,7 @@ use crate::talk;
 use anyhow::Result;
 use pt_model::{ModelError, PackedBatch, PromptGroup, RunOptions};
 use pt_tensor::{LabelLogprobs, no_grad};
-use pt_train::data::{RowContent, read_rows, row_to_group, row_to_pair};
+use pt_train::data::{RowContent, read_rows, row_to_group, row_to_preference};
 use serde_json::json;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -47,7 +47,7 @@ pub(crate) fn run(args: Args) -> Result<ExitCode> {
     let mut groups: Vec<PromptGroup> = Vec::new();
     for row in &rows {
         let group = match row.content {
-            RowContent::Preference { .. } => row_to_pair(row, &encoder)?,
+            RowContent::Preference { .. } => row_to_preference(row, &encoder)?.group,
             _ => row_to_group(row, &encoder, data.train_turns)?,
         };
         let length = group.longest_sequence() + virtual_tokens;

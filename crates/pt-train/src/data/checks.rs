@@ -6,7 +6,7 @@
 use std::collections::{BTreeMap, HashSet};
 use std::fmt::Write as _;
 
-use pt_model::PromptGroup;
+use pt_model::{Completion, PromptGroup};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
@@ -126,19 +126,30 @@ pub struct Preflight {
 impl Preflight {
     /// The first kept group of each source, rendered by [`render_example`] under a heading.
     pub fn examples(&self, rows: &[Row], encoder: &dyn Encode, colour: bool) -> Vec<String> {
-        let mut seen = HashSet::new();
-        let mut examples = Vec::new();
-        for (group, &row) in self.groups.iter().zip(&self.row_of_group) {
-            let Some(row) = rows.get(row) else { continue };
-            if seen.insert(row.source.as_str()) {
-                let (tokens, labels) = (group.num_tokens(), group.num_labels());
-                let title = format!("{} ({}): {tokens} tokens, {labels} trained", row.source, row.origin);
-                let title = if colour { format!("\x1b[1m{title}\x1b[0m") } else { title };
-                examples.push(format!("{title}\n{}", render_example(group, encoder, colour)));
-            }
-        }
-        examples
+        first_of_sources(&self.groups, &self.row_of_group, rows, colour, |group| render_example(group, encoder, colour))
     }
+}
+
+/// The first item of each source, rendered under a heading.
+pub(super) fn first_of_sources<T: Examined>(
+    items: &[T],
+    row_of_item: &[usize],
+    rows: &[Row],
+    colour: bool,
+    render: impl Fn(&T) -> String,
+) -> Vec<String> {
+    let mut seen = HashSet::new();
+    let mut examples = Vec::new();
+    for (item, &row) in items.iter().zip(row_of_item) {
+        let Some(row) = rows.get(row) else { continue };
+        if seen.insert(row.source.as_str()) {
+            let (tokens, labels) = (item.group().num_tokens(), item.group().num_labels());
+            let title = format!("{} ({}): {tokens} tokens, {labels} trained", row.source, row.origin);
+            let title = if colour { format!("\x1b[1m{title}\x1b[0m") } else { title };
+            examples.push(format!("{title}\n{}", render(item)));
+        }
+    }
+    examples
 }
 
 /// Tokenizes all rows and checks them.
@@ -148,13 +159,80 @@ impl Preflight {
 /// `refuse`; [`TrainError::AllDropped`]; [`TrainError::StopNotTrained`] where `require_stop` is set and no kept
 /// row of a source trains a stop token.
 pub fn preflight(rows: &[Row], encoder: &dyn Encode, config: &DataConfig) -> Result<Preflight> {
+    let sieved = sieve::<PromptGroup>(rows, encoder, config)?;
+    let sources: Vec<SourceSummary> = sieved.tallies.into_iter().map(Tally::finish).collect();
+    let warnings = sources
+        .iter()
+        .flat_map(|source| {
+            let mut found = warnings(source, config);
+            if source.dropped_empty > 0 && source.kept > 0 {
+                let count = source.dropped_empty;
+                found.push(format!("{}: {count} rows have nothing to train and are left out", source.name));
+            }
+            found
+        })
+        .collect();
+    let summary = PreflightSummary { max_length: config.max_length, sources, warnings };
+    Ok(Preflight { groups: sieved.items, row_of_group: sieved.row_of_item, summary })
+}
+
+/// What a row becomes, as far as the checks of all kinds of training go.
+pub(super) trait Examined: Sized {
+    /// What is said of a row that the cut to `max_length` leaves with too little.
+    const EMPTIED: &'static str;
+    /// Tokenizes a row.
+    fn read(row: &Row, encoder: &dyn Encode, config: &DataConfig) -> Result<Self>;
+    /// Its tokens.
+    fn group(&self) -> &PromptGroup;
+    /// Its tokens, to be cut.
+    fn group_mut(&mut self) -> &mut PromptGroup;
+    /// Why it would train nothing, if so.
+    fn fault(&self) -> Option<&'static str>;
+    /// What besides its tokens makes it another than an earlier row.
+    fn mark(&self) -> String {
+        String::new()
+    }
+}
+
+impl Examined for PromptGroup {
+    const EMPTIED: &'static str = "nothing in this row would be trained";
+
+    fn read(row: &Row, encoder: &dyn Encode, config: &DataConfig) -> Result<Self> {
+        row_to_group(row, encoder, config.train_turns)
+    }
+
+    fn group(&self) -> &PromptGroup {
+        self
+    }
+
+    fn group_mut(&mut self) -> &mut PromptGroup {
+        self
+    }
+
+    fn fault(&self) -> Option<&'static str> {
+        (self.num_labels() == 0)
+            .then_some("nothing in this row would be trained: no assistant turn, or an empty completion")
+    }
+}
+
+/// Rows that passed, and counts of those that did not.
+pub(super) struct Sieved<T> {
+    pub(super) items: Vec<T>,
+    /// For each item, its row in the input.
+    pub(super) row_of_item: Vec<usize>,
+    /// For each item, its source among the tallies.
+    pub(super) source_of_item: Vec<usize>,
+    pub(super) tallies: Vec<Tally>,
+}
+
+/// Tokenizes rows, applies the policies, and counts; the errors are those of [`preflight`].
+pub(super) fn sieve<T: Examined>(rows: &[Row], encoder: &dyn Encode, config: &DataConfig) -> Result<Sieved<T>> {
     let mut tallies: Vec<Tally> = Vec::new();
     let mut index_of: BTreeMap<&str, usize> = BTreeMap::new();
     let mut seen = HashSet::new();
-    let mut empty = Fault::default();
-    let mut emptied = Fault::default();
+    let mut empty: Vec<(String, Fault)> = Vec::new();
     let mut long = Fault::default();
-    let (mut groups, mut row_of_group) = (Vec::new(), Vec::new());
+    let (mut items, mut row_of_item, mut source_of_item) = (Vec::new(), Vec::new(), Vec::new());
     let rendering = Rendering::of(encoder);
     for (row_index, row) in rows.iter().enumerate() {
         let at = *index_of.entry(&row.source).or_insert_with(|| {
@@ -162,78 +240,73 @@ pub fn preflight(rows: &[Row], encoder: &dyn Encode, config: &DataConfig) -> Res
             tallies.len() - 1
         });
         let tally = &mut tallies[at];
-        let counts = &mut tally.counts;
-        counts.rows += 1;
-        let group = row_to_group(row, encoder, config.train_turns)?;
-        if group.num_labels() == 0 {
-            counts.dropped_empty += 1;
-            empty.note(&row.origin, 0);
+        tally.counts.rows += 1;
+        let mut item = T::read(row, encoder, config)?;
+        if let Some(why) = item.fault() {
+            tally.leave_out(why.into(), row, &mut empty);
             continue;
         }
-        let is_duplicate = !seen.insert(fingerprint(&group));
-        counts.duplicates += usize::from(is_duplicate);
+        let is_duplicate = !seen.insert((fingerprint(item.group()), item.mark()));
+        tally.counts.duplicates += usize::from(is_duplicate);
         if is_duplicate && config.drop_duplicates {
-            counts.dropped_duplicates += 1;
+            tally.counts.dropped_duplicates += 1;
             continue;
         }
-        let length = group.longest_sequence();
-        let had_stop = trains_stop(&group, encoder.stop_ids());
-        let group = match fit(group, config.max_length, config.too_long) {
-            Fit::Whole(group) => group,
-            Fit::Cut(group) => {
-                counts.over_long += 1;
-                counts.truncated += 1;
-                group
-            }
+        let length = item.group().longest_sequence();
+        let had_stop = trains_stop(item.group(), encoder.stop_ids());
+        let fitted = fit(std::mem::take(item.group_mut()), config.max_length, config.too_long);
+        tally.counts.over_long += usize::from(!matches!(fitted, Fit::Whole(_)));
+        let is_cut = matches!(fitted, Fit::Cut(_));
+        match fitted {
+            Fit::Whole(group) | Fit::Cut(group) => *item.group_mut() = group,
             Fit::Dropped => {
-                counts.over_long += 1;
-                counts.dropped_long += 1;
+                tally.counts.dropped_long += 1;
                 long.note(&row.origin, length);
                 continue;
             }
             Fit::Emptied => {
-                counts.over_long += 1;
-                counts.dropped_empty += 1;
-                emptied.note(&row.origin, length);
+                tally.leave_out(format!("cut to data.max_length, {}", T::EMPTIED), row, &mut empty);
                 continue;
             }
-        };
-        let has_stop = trains_stop(&group, encoder.stop_ids());
+        }
+        if let Some(why) = item.fault().filter(|_| is_cut) {
+            tally.leave_out(format!("cut to data.max_length, {why}"), row, &mut empty);
+            continue;
+        }
+        let counts = &mut tally.counts;
+        counts.truncated += usize::from(is_cut);
+        let has_stop = trains_stop(item.group(), encoder.stop_ids());
         counts.stop_trained += usize::from(has_stop);
         counts.stop_cut += usize::from(had_stop && !has_stop);
         counts.untemplated += usize::from(row.content.plain_prompt().is_some_and(|text| rendering.is_missing_in(text)));
-        counts.labels += group.num_labels();
-        tally.lengths.push(group.num_tokens());
-        groups.push(group);
-        row_of_group.push(row_index);
+        counts.labels += item.group().num_labels();
+        tally.lengths.push(item.group().num_tokens());
+        items.push(item);
+        row_of_item.push(row_index);
+        source_of_item.push(at);
     }
-    let faults = [
-        (&empty, "nothing in this row would be trained: no assistant turn, or an empty completion"),
-        (&emptied, "cut to data.max_length, nothing in this row would be trained"),
-    ];
-    for (fault, why) in faults {
+    for (why, fault) in &empty {
         if let (Some((origin, _)), OnEmpty::Refuse) = (&fault.first, config.on_empty) {
-            return Err(TrainError::NothingTrained { origin: origin.clone(), why, count: fault.count });
+            return Err(TrainError::NothingTrained { origin: origin.clone(), why: why.clone(), count: fault.count });
         }
     }
     if let (Some((origin, found)), TooLong::Refuse) = (&long.first, config.too_long) {
         let (origin, found, max_length) = (origin.clone(), *found, config.max_length);
         return Err(TrainError::TooLong { origin, found, max_length, count: long.count });
     }
-    if groups.is_empty() {
-        let (too_long, nothing) = (long.count, empty.count + emptied.count);
-        let reasons = format!("{too_long} too long for {} tokens, {nothing} with nothing to train", config.max_length);
+    if items.is_empty() {
+        let nothing: usize = empty.iter().map(|(_, fault)| fault.count).sum();
+        let reasons =
+            format!("{} too long for {} tokens, {nothing} with nothing to train", long.count, config.max_length);
         return Err(TrainError::AllDropped { rows: rows.len(), reasons });
     }
-    let sources: Vec<SourceSummary> = tallies.into_iter().map(Tally::finish).collect();
-    let endless = |source: &&SourceSummary| config.require_stop && source.kept > 0 && source.stop_trained == 0;
-    if let Some(source) = sources.iter().find(endless) {
-        let (source_name, rows, stop_ids) = (source.name.clone(), source.kept, encoder.stop_ids().to_vec());
+    let endless = |tally: &&Tally| config.require_stop && !tally.lengths.is_empty() && tally.counts.stop_trained == 0;
+    if let Some(tally) = tallies.iter().find(endless) {
+        let (source_name, rows, stop_ids) =
+            (tally.counts.name.clone(), tally.lengths.len(), encoder.stop_ids().to_vec());
         return Err(TrainError::StopNotTrained { source_name, rows, stop_ids });
     }
-    let warnings = sources.iter().flat_map(|source| warnings(source, config)).collect();
-    let summary = PreflightSummary { max_length: config.max_length, sources, warnings };
-    Ok(Preflight { groups, row_of_group, summary })
+    Ok(Sieved { items, row_of_item, source_of_item, tallies })
 }
 
 /// What a chat template puts between a user's turn and the answer: a prompt without it was never rendered.
@@ -265,14 +338,25 @@ pub fn overlap(train: &[PromptGroup], held_out: &[PromptGroup]) -> usize {
 ///
 /// Without colour, `[[` and `]]` stand round what is trained and `{{` and `}}` round a trained stop token.
 pub fn render_example(group: &PromptGroup, encoder: &dyn Encode, colour: bool) -> String {
+    let completions: Vec<&Completion> = group.completions.iter().collect();
+    render_tokens(&group.prompt, &completions, encoder, colour)
+}
+
+/// As [`render_example`], of context and what follows it.
+pub(super) fn render_tokens(
+    context: &[i64],
+    completions: &[&Completion],
+    encoder: &dyn Encode,
+    colour: bool,
+) -> String {
     #[derive(Clone, Copy, PartialEq)]
     enum Part {
         Context,
         Trained,
         Stop,
     }
-    let mut tokens: Vec<(i64, Part)> = group.prompt.iter().map(|&id| (id, Part::Context)).collect();
-    for completion in &group.completions {
+    let mut tokens: Vec<(i64, Part)> = context.iter().map(|&id| (id, Part::Context)).collect();
+    for completion in completions {
         for (&id, &is_label) in completion.token_ids.iter().zip(&completion.is_label) {
             let part = match is_label {
                 true if encoder.stop_ids().contains(&id) => Part::Stop,
@@ -324,7 +408,8 @@ fn fingerprint(group: &PromptGroup) -> [u8; 32] {
     hasher.finalize().into()
 }
 
-fn warnings(source: &SourceSummary, config: &DataConfig) -> Vec<String> {
+/// What is worth a look in the counts of any kind of training.
+pub(super) fn warnings(source: &SourceSummary, config: &DataConfig) -> Vec<String> {
     let name = &source.name;
     let mut found = Vec::new();
     let percent = |count: usize| 100.0 * count as f64 / source.rows.max(1) as f64;
@@ -346,9 +431,6 @@ fn warnings(source: &SourceSummary, config: &DataConfig) -> Vec<String> {
             percent(source.truncated),
             config.max_length
         ));
-    }
-    if source.dropped_empty > 0 {
-        found.push(format!("{name}: {} rows have nothing to train and are left out", source.dropped_empty));
     }
     if source.duplicates > 0 {
         let fate = if config.drop_duplicates { "and left out" } else { "and kept" };
@@ -375,6 +457,11 @@ fn warnings(source: &SourceSummary, config: &DataConfig) -> Vec<String> {
     found
 }
 
+/// The least of the sorted values that `part` of them do not exceed; 0 of none.
+pub(super) fn quantile(sorted: &[usize], part: f64) -> usize {
+    sorted.get(((sorted.len() as f64 * part).ceil() as usize).saturating_sub(1)).copied().unwrap_or(0)
+}
+
 /// A fault that several rows may share: the first place, and how many.
 #[derive(Default)]
 struct Fault {
@@ -389,23 +476,34 @@ impl Fault {
     }
 }
 
-struct Tally {
+pub(super) struct Tally {
     counts: SourceSummary,
     lengths: Vec<usize>,
+    /// Rows left out with nothing to train, by reason.
+    pub(super) left_out: BTreeMap<String, usize>,
 }
 
 impl Tally {
     fn new(name: &str) -> Self {
-        Self { counts: SourceSummary { name: name.to_owned(), ..SourceSummary::default() }, lengths: Vec::new() }
+        let counts = SourceSummary { name: name.to_owned(), ..SourceSummary::default() };
+        Self { counts, lengths: Vec::new(), left_out: BTreeMap::new() }
     }
 
-    fn finish(mut self) -> SourceSummary {
+    fn leave_out(&mut self, why: String, row: &Row, faults: &mut Vec<(String, Fault)>) {
+        self.counts.dropped_empty += 1;
+        *self.left_out.entry(why.clone()).or_default() += 1;
+        let known = faults.iter().position(|(reason, _)| *reason == why);
+        let at = known.unwrap_or_else(|| {
+            faults.push((why, Fault::default()));
+            faults.len() - 1
+        });
+        faults[at].1.note(&row.origin, 0);
+    }
+
+    pub(super) fn finish(mut self) -> SourceSummary {
         self.lengths.sort_unstable();
-        let kept = self.lengths.len();
-        let quantile = |part: f64| {
-            self.lengths.get(((kept as f64 * part).ceil() as usize).saturating_sub(1)).copied().unwrap_or(0)
-        };
-        self.counts.kept = kept;
+        let quantile = |part: f64| quantile(&self.lengths, part);
+        self.counts.kept = self.lengths.len();
         self.counts.tokens = self.lengths.iter().sum();
         self.counts.length_min = quantile(0.0);
         self.counts.length_median = quantile(0.5);

@@ -5,7 +5,9 @@
 //! | chat | `messages` (`role`, `content`), optional `tools` | [`RowContent::Chat`] |
 //! | ShareGPT | `conversations` (`from`, `value`), optional `system` | [`RowContent::Chat`] |
 //! | prompt and completion | `prompt`, `completion`: texts or message lists | [`RowContent::Completion`] |
-//! | preference | `chosen`, `rejected`, optional `prompt` | [`RowContent::Preference`] |
+//! | pair | `chosen`, `rejected`, optional `prompt`, `margin`, `weight` | [`RowContent::Preference`] |
+//! | ranked list | `completions` with `ranks` (0 the best) or `scores` (higher better), optional `prompt`, `weight` | [`RowContent::Preference`] |
+//! | unpaired | `prompt`, `completion`, `label` (true, false), optional `weight` | [`RowContent::Preference`], with [`ReadOptions::preferences`] |
 //! | Alpaca | `instruction`, `output`, optional `input`, `system` | [`RowContent::Completion`], as chat |
 //! | plain text | `text` | [`RowContent::Text`] |
 //! | prompt alone | `prompt`: a text or a message list | [`RowContent::Prompt`], with [`ReadOptions::prompt_only`] |
@@ -21,6 +23,8 @@ use serde_json::{Map, Value};
 use pt_model::Content;
 pub use pt_model::Message;
 
+use super::preference_rows::parse_preference;
+use super::preferences::Judgement;
 use crate::error::{Origin, Result, TrainError};
 
 /// Plain text, or turns for the chat template.
@@ -53,14 +57,18 @@ pub enum RowContent {
     },
     /// Text trained from its second token on.
     Text(String),
-    /// Two completions of one prompt, the first preferred.
+    /// Completions of one prompt and what was judged of them.
     Preference {
-        /// Shared context; absent when `chosen` and `rejected` are whole conversations.
+        /// Shared context; absent when each completion is a whole conversation, or a whole text.
         prompt: Option<Text>,
-        /// The better one.
-        chosen: Text,
-        /// The worse one.
-        rejected: Text,
+        /// Of a pair, the better one first.
+        completions: Vec<Text>,
+        /// Which is better, or whether each is good.
+        judgement: Judgement,
+        /// Factor of the row's loss.
+        weight: f64,
+        /// Tool descriptions for the template.
+        tools: Option<Value>,
     },
     /// A prompt that something is to be generated for; it trains nothing.
     Prompt {
@@ -86,9 +94,9 @@ impl RowContent {
     /// The prompt, where it is plain text that no chat template will render.
     pub fn plain_prompt(&self) -> Option<&str> {
         match self {
-            Self::Completion { prompt: Text::Plain(text), .. } | Self::Prompt { prompt: Text::Plain(text), .. } => {
-                Some(text)
-            }
+            Self::Completion { prompt: Text::Plain(text), .. }
+            | Self::Prompt { prompt: Text::Plain(text), .. }
+            | Self::Preference { prompt: Some(Text::Plain(text)), .. } => Some(text),
             _ => None,
         }
     }
@@ -103,10 +111,12 @@ impl RowContent {
             Self::Completion { prompt, completion, tools } => {
                 Self::Completion { prompt: turn("user", prompt), completion: turn("assistant", completion), tools }
             }
-            Self::Preference { prompt: Some(prompt), chosen, rejected } => Self::Preference {
+            Self::Preference { prompt: Some(prompt), completions, judgement, weight, tools } => Self::Preference {
                 prompt: Some(turn("user", prompt)),
-                chosen: turn("assistant", chosen),
-                rejected: turn("assistant", rejected),
+                completions: completions.into_iter().map(|text| turn("assistant", text)).collect(),
+                judgement,
+                weight,
+                tools,
             },
             Self::Prompt { prompt, tools } => Self::Prompt { prompt: turn("user", prompt), tools },
             other => other,
@@ -139,6 +149,8 @@ pub struct ReadOptions {
     pub max_rows: Option<usize>,
     /// Take rows that hold a `prompt` and nothing to follow it: generation asks for no more.
     pub prompt_only: bool,
+    /// Take only rows that judge completions, and `label` beside `prompt` and `completion` as such a judgement.
+    pub preferences: bool,
 }
 
 /// Reads several sources one after the other; each row keeps the name of its source.
@@ -275,14 +287,8 @@ fn parse_row(value: Value, origin: &Origin, options: &ReadOptions) -> Result<Row
         Value::String(text) => serde_json::from_str(text).unwrap_or_else(|_| tools.clone()),
         other => other.clone(),
     });
-    if has("chosen") && has("rejected") {
-        let prompt = match fields.get("prompt") {
-            Some(_) => Some(text_field(&fields, "prompt", origin)?),
-            None => None,
-        };
-        let chosen = text_field(&fields, "chosen", origin)?;
-        let rejected = text_field(&fields, "rejected", origin)?;
-        return Ok(RowContent::Preference { prompt, chosen, rejected });
+    if let Some(preference) = parse_preference(&fields, tools.clone(), options.preferences, origin)? {
+        return Ok(preference);
     }
     if has("messages") {
         let messages = parse_messages(&fields["messages"], "messages", origin)?;
@@ -339,7 +345,7 @@ fn parse_alpaca(fields: &Map<String, Value>, origin: &Origin) -> Result<RowConte
     Ok(RowContent::Completion { prompt: Text::Chat(prompt), completion: Text::Chat(completion), tools: None })
 }
 
-fn parse_sharegpt(fields: &Map<String, Value>, origin: &Origin) -> Result<Vec<Message>> {
+pub(super) fn parse_sharegpt(fields: &Map<String, Value>, origin: &Origin) -> Result<Vec<Message>> {
     let value = &fields["conversations"];
     let Value::Array(turns) = value else {
         return Err(field_error(origin, "conversations", value, "a list of turns"));
@@ -356,19 +362,26 @@ fn parse_sharegpt(fields: &Map<String, Value>, origin: &Origin) -> Result<Vec<Me
             // Some sets put role/content under this name.
             return parse_messages(value, "conversations", origin);
         };
-        let role = match from {
-            "human" | "user" => "user",
-            "gpt" | "assistant" | "chatgpt" | "bing" | "bard" => "assistant",
-            "system" => "system",
-            "tool" | "observation" => "tool",
-            _ => return Err(field_error(origin, &place("from"), &turn["from"], "human, gpt, system or tool")),
+        let Some(role) = sharegpt_role(from) else {
+            return Err(field_error(origin, &place("from"), &turn["from"], "human, gpt, system or tool"));
         };
         messages.push(Message::new(role, text));
     }
     Ok(messages)
 }
 
-fn parse_messages(value: &Value, field: &str, origin: &Origin) -> Result<Vec<Message>> {
+/// The template's name of a role in ShareGPT.
+pub(super) fn sharegpt_role(from: &str) -> Option<&'static str> {
+    Some(match from {
+        "human" | "user" => "user",
+        "gpt" | "assistant" | "chatgpt" | "bing" | "bard" => "assistant",
+        "system" => "system",
+        "tool" | "observation" => "tool",
+        _ => return None,
+    })
+}
+
+pub(super) fn parse_messages(value: &Value, field: &str, origin: &Origin) -> Result<Vec<Message>> {
     let Value::Array(list) = value else {
         return Err(field_error(origin, field, value, "a list of messages"));
     };
@@ -425,7 +438,12 @@ fn parts_text(parts: &[Value]) -> Option<String> {
 }
 
 fn text_field(fields: &Map<String, Value>, name: &str, origin: &Origin) -> Result<Text> {
-    match &fields[name] {
+    text_value(&fields[name], name, origin)
+}
+
+/// A text or turns; `name` is the field that holds it, for messages.
+pub(super) fn text_value(value: &Value, name: &str, origin: &Origin) -> Result<Text> {
+    match value {
         Value::String(text) => Ok(Text::Plain(text.clone())),
         value @ Value::Array(_) => Ok(Text::Chat(parse_messages(value, name, origin)?)),
         value @ Value::Object(_) => Ok(Text::Chat(parse_messages(&Value::Array(vec![value.clone()]), name, origin)?)),
@@ -440,7 +458,7 @@ fn string_field(fields: &Map<String, Value>, name: &str, origin: &Origin) -> Res
     }
 }
 
-fn field_error(origin: &Origin, field: &str, found: &Value, expected: &'static str) -> TrainError {
+pub(super) fn field_error(origin: &Origin, field: &str, found: &Value, expected: &'static str) -> TrainError {
     let mut text = match found {
         Value::Null => "missing or null".to_owned(),
         other => other.to_string(),
@@ -451,7 +469,7 @@ fn field_error(origin: &Origin, field: &str, found: &Value, expected: &'static s
     TrainError::Field { origin: origin.clone(), field: field.to_owned(), found: text, expected }
 }
 
-fn names(fields: &Map<String, Value>) -> Vec<String> {
+pub(super) fn names(fields: &Map<String, Value>) -> Vec<String> {
     fields.keys().cloned().collect()
 }
 
@@ -461,7 +479,7 @@ fn nearest_hint(fields: &Map<String, Value>, wanted: &str) -> Option<String> {
 }
 
 /// A near-miss of one of our names, or a column mapping for the names that sets commonly use.
-fn suggest_form(fields: &Map<String, Value>) -> String {
+pub(super) fn suggest_form(fields: &Map<String, Value>) -> String {
     const PROMPTS: [&str; 7] = ["question", "query", "input", "source", "instruction", "problem", "prompt"];
     const ANSWERS: [&str; 8] = ["answer", "response", "output", "target", "solution", "chosen", "label", "completion"];
     const OURS: [&str; 8] =
@@ -610,7 +628,13 @@ mod tests {
         let answer = |text: &str| turn("assistant", text);
         let expected = [
             RowContent::Completion { prompt: turn("user", "q"), completion: answer("a"), tools: None },
-            RowContent::Preference { prompt: Some(turn("user", "q")), chosen: answer("a"), rejected: answer("b") },
+            RowContent::Preference {
+                prompt: Some(turn("user", "q")),
+                completions: vec![answer("a"), answer("b")],
+                judgement: Judgement::Ranks { ranks: vec![0, 1], scores: None },
+                weight: 1.0,
+                tools: None,
+            },
             RowContent::Prompt { prompt: turn("user", "q"), tools: None },
             RowContent::Prompt { prompt: turn("user", "q "), tools: None },
             RowContent::Text("t".into()),

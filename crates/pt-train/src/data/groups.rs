@@ -51,7 +51,8 @@ pub enum TrainTurns {
     Last,
 }
 
-/// What becomes of a row that would train nothing.
+/// What becomes of a row that would train nothing; of preferences, that is also one that prefers nothing: both sides
+/// equal, or all ranks tied.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum OnEmpty {
@@ -70,7 +71,7 @@ pub struct DataConfig {
     pub max_length: usize,
     /// What becomes of longer rows: `refuse`, `drop`, `truncate_left`, `truncate_right`.
     pub too_long: TooLong,
-    /// What becomes of rows with nothing to train: `refuse`, `drop`.
+    /// What becomes of rows with nothing to train (or with preferences between equals): `refuse`, `drop`.
     pub on_empty: OnEmpty,
     /// Which assistant turns are trained: `all`, `last`.
     pub train_turns: TrainTurns,
@@ -110,7 +111,7 @@ impl DataConfig {
             columns: self.columns.clone(),
             as_chat: self.as_chat,
             max_rows: self.max_rows,
-            prompt_only: false,
+            ..ReadOptions::default()
         }
     }
 }
@@ -148,53 +149,10 @@ pub fn row_to_group(row: &Row, encoder: &dyn Encode, train_turns: TrainTurns) ->
     }
 }
 
-/// The group of a preference row: the shared prompt, then the chosen and the rejected completion.
-///
-/// Without a `prompt` field the two conversations' shared turns are the prompt. Where a token merges across the
-/// boundary in either, the tokens that both share are the prompt.
-///
-/// # Errors
-/// As [`row_to_group`]; [`TrainError::WrongForm`] for a row of another form.
-pub fn row_to_pair(row: &Row, encoder: &dyn Encode) -> Result<PromptGroup> {
-    let RowContent::Preference { prompt, chosen, rejected } = &row.content else {
-        return Err(TrainError::WrongForm {
-            origin: row.origin.clone(),
-            found: row.content.form(),
-            task: "preference training",
-        });
-    };
-    let row_encoder = RowEncoder { encoder, origin: &row.origin };
-    let (prompt, chosen, rejected) = match (prompt, chosen, rejected) {
-        (Some(prompt), chosen, rejected) => (prompt.clone(), chosen.clone(), rejected.clone()),
-        (None, Text::Chat(chosen), Text::Chat(rejected)) => {
-            let shared = chosen.iter().zip(rejected).take_while(|(one, other)| one == other).count();
-            let part = |turns: &[Message]| Text::Chat(turns.to_vec());
-            (part(&chosen[..shared]), part(&chosen[shared..]), part(&rejected[shared..]))
-        }
-        (None, chosen, rejected) => (Text::Plain(String::new()), chosen.clone(), rejected.clone()),
-    };
-    let flat = |group: PromptGroup| -> (usize, Vec<i64>) {
-        let start = group.prompt.len();
-        (
-            start,
-            group
-                .prompt
-                .into_iter()
-                .chain(group.completions.into_iter().flat_map(|completion| completion.token_ids))
-                .collect(),
-        )
-    };
-    let (chosen_start, chosen) = flat(row_encoder.completion(&prompt, &chosen, None)?);
-    let (rejected_start, rejected) = flat(row_encoder.completion(&prompt, &rejected, None)?);
-    let start = common_prefix(&chosen, &rejected).min(chosen_start).min(rejected_start);
-    let completions = [&chosen, &rejected].map(|ids| Completion::new(ids[start..].to_vec()));
-    Ok(PromptGroup { prompt: chosen[..start].to_vec(), completions: completions.into() })
-}
-
 /// Encodes one row; errors carry its origin.
-struct RowEncoder<'a> {
-    encoder: &'a dyn Encode,
-    origin: &'a Origin,
+pub(super) struct RowEncoder<'a> {
+    pub(super) encoder: &'a dyn Encode,
+    pub(super) origin: &'a Origin,
 }
 
 impl RowEncoder<'_> {
@@ -230,7 +188,8 @@ impl RowEncoder<'_> {
         }
     }
 
-    fn completion(&self, prompt: &Text, completion: &Text, tools: Option<&Value>) -> Result<PromptGroup> {
+    /// The sequence of a prompt and what follows it; the boundary is as the module says.
+    pub(super) fn completion(&self, prompt: &Text, completion: &Text, tools: Option<&Value>) -> Result<PromptGroup> {
         let (context, whole) = match (prompt, completion) {
             (Text::Plain(prompt), Text::Plain(completion)) => {
                 let context = self.plain_tokens(prompt)?;
@@ -321,7 +280,7 @@ fn is_blank(message: &Message) -> bool {
     message.content.is_empty() && !message.extra.contains_key("tool_calls")
 }
 
-fn common_prefix(one: &[i64], other: &[i64]) -> usize {
+pub(super) fn common_prefix(one: &[i64], other: &[i64]) -> usize {
     one.iter().zip(other).take_while(|(a, b)| a == b).count()
 }
 
@@ -576,17 +535,6 @@ mod tests {
     fn tokenizer_errors_carry_the_row() {
         let error = row_to_group(&row(plain("Z", "a"), 4), &CHARACTERS, TrainTurns::All).expect_err("refused");
         assert_eq!(error.to_string(), "rows.jsonl:4: tokenizing failed: cannot encode 'Z'");
-    }
-
-    #[test]
-    fn a_pair_shares_its_prompt() {
-        let messages = |answer: &str| Text::Chat(vec![Message::new("user", "q"), Message::new("assistant", answer)]);
-        let content = RowContent::Preference { prompt: None, chosen: messages("yes"), rejected: messages("no") };
-        let pair = row_to_pair(&row(content, 1), &CHARACTERS).expect("a good pair");
-        assert_eq!(CHARACTERS.decode(&pair.prompt), "<u|q$\n<a|");
-        let texts: Vec<_> =
-            pair.completions.iter().map(|completion| CHARACTERS.decode(&completion.token_ids)).collect();
-        assert_eq!(texts, ["yes$\n", "no$\n"]);
     }
 
     #[test]

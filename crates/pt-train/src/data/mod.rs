@@ -4,17 +4,27 @@
 //! the assistant's tokens only ([`groups`]), a set is examined before any step is taken ([`checks`]), and
 //! [`Batches`] hands out windows of groups in an order that a saved cursor can continue ([`packing`]).
 //!
+//! Rows that judge completions become [`PreferenceGroup`]s ([`preferences`]), with checks of their own beside the shared
+//! ones ([`preference_checks`]).
+//!
 //! Nothing here touches tensors or a particular tokenizer: [`Encode`] is all that is asked of one.
 
 pub mod checks;
 pub mod formats;
 pub mod groups;
 pub mod packing;
+pub mod preference_checks;
+mod preference_rows;
+pub mod preferences;
 
 pub use checks::{Preflight, PreflightSummary, Rendering, SourceSummary, overlap, preflight, render_example};
 pub use formats::{Message, ReadOptions, Row, RowContent, Text, read_rows, read_source};
-pub use groups::{DataConfig, Fit, OnEmpty, TooLong, TrainTurns, fit, row_to_group, row_to_pair};
+pub use groups::{DataConfig, Fit, OnEmpty, TooLong, TrainTurns, fit, row_to_group};
 pub use packing::{BatchConfig, Batches, Cursor};
+pub use preference_checks::{
+    PreferencePreflight, PreferenceSource, PreferenceSummary, preference_preflight, prompt_overlap, render_preference,
+};
+pub use preferences::{HeldOut, Judgement, Pair, PreferenceGroup, join_labels, row_to_preference, split_by_prompt};
 pub use pt_model::{Completion, PromptGroup};
 
 use serde_json::Value;
