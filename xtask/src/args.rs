@@ -1,5 +1,12 @@
 //! What was asked for, and the text of `--help`.
 
+/// A worked example.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Demo {
+    Sft,
+    Dpo,
+}
+
 /// One invocation.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum Task {
@@ -8,7 +15,7 @@ pub(crate) enum Task {
     Fetch { names: Vec<String> },
     Test { extra: Vec<String> },
     TestNeon,
-    Demo { extra: Vec<String> },
+    Demo { demo: Demo, extra: Vec<String> },
     Golden { area: Option<String>, regenerate: bool },
     Bench { suites: Vec<String>, peers: bool, extra: Vec<String> },
     Tidy { quick: bool },
@@ -46,9 +53,9 @@ const TASKS: [(&str, &str, &str, &str); 9] = [
     ),
     (
         "demo",
-        "[sft] [-- PT ARGUMENTS..]",
-        "fine-tune a real model on real data",
-        "Sets up, fetches SmolLM2-135M-Instruct and the demo data, builds `pt`, and runs `pt demo sft`.",
+        "[sft|dpo] [-- PT ARGUMENTS..]",
+        "train a real model on real data",
+        "Sets up, fetches SmolLM2-135M-Instruct and the demo data, builds `pt`, and runs `pt demo sft` or `pt demo dpo`.",
     ),
     (
         "golden",
@@ -144,8 +151,9 @@ pub(crate) fn parse(arguments: impl Iterator<Item = String>) -> Result<Task, Str
         "test-neon" => Task::TestNeon,
         "fetch" => Task::Fetch { names: words },
         "demo" => match words.first().map(String::as_str) {
-            None | Some("sft") => Task::Demo { extra },
-            Some(other) => return Err(format!("there is no demo `{other}`; there is `sft`")),
+            None | Some("sft") => Task::Demo { demo: Demo::Sft, extra },
+            Some("dpo") => Task::Demo { demo: Demo::Dpo, extra },
+            Some(other) => return Err(format!("there is no demo `{other}`; there are `sft` and `dpo`")),
         },
         "golden" => Task::Golden { area: words.pop(), regenerate: is_flag_set },
         "bench" => Task::Bench { suites: words, peers: is_flag_set, extra },
@@ -173,8 +181,9 @@ mod tests {
         assert_eq!(parsed("tidy --quick"), Ok(Task::Tidy { quick: true }));
         assert_eq!(parsed("ci"), Ok(Task::Ci));
         assert_eq!(parsed("fetch gsm8k boolq"), Ok(Task::Fetch { names: strings(&["gsm8k", "boolq"]) }));
-        assert_eq!(parsed("demo"), Ok(Task::Demo { extra: vec![] }));
-        assert_eq!(parsed("demo sft -- --steps 3"), Ok(Task::Demo { extra: strings(&["--steps", "3"]) }));
+        assert_eq!(parsed("demo"), Ok(Task::Demo { demo: Demo::Sft, extra: vec![] }));
+        let extra = strings(&["--steps", "3"]);
+        assert_eq!(parsed("demo dpo -- --steps 3"), Ok(Task::Demo { demo: Demo::Dpo, extra }));
         assert_eq!(
             parsed("golden lora --regenerate"),
             Ok(Task::Golden { area: Some("lora".into()), regenerate: true })

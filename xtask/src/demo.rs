@@ -1,26 +1,30 @@
-//! `cargo xtask demo`: from a bare machine to a fine-tuned model.
+//! `cargo xtask demo`: from a bare machine to a trained model.
 
 use std::process::Command;
 
 use anyhow::{Context, Result};
 
+use crate::args::Demo;
 use crate::process::{cargo, describe, run, workspace};
 use crate::{fetch, setup};
 
-/// The model that is fine-tuned, and the rows it is fine-tuned on.
+/// The model that is trained.
 const MODEL: &str = "smollm2-135m-instruct";
-const DATA: &str = "squad";
 
-/// Sets up, fetches, builds and runs `pt demo sft`; `extra` goes to it.
-pub(crate) fn sft(extra: &[String]) -> Result<()> {
+/// Sets up, fetches, builds and runs `pt demo`; `extra` goes to it.
+pub(crate) fn run_demo(demo: Demo, extra: &[String]) -> Result<()> {
+    let (name, data) = match demo {
+        Demo::Sft => ("sft", "squad"),
+        Demo::Dpo => ("dpo", "halueval-qa"),
+    };
     let libtorch = setup::setup()?;
-    let (model, data) = (fetch::one(MODEL)?, fetch::one(DATA)?);
+    let (model, data) = (fetch::one(MODEL)?, fetch::one(data)?);
     run(cargo(&libtorch).args(["build", "--release", "-p", "pt-cli"]))?;
     // Through cargo once more, rather than by path: it knows the target folder and the library path.
     let mut command: Command = cargo(&libtorch);
-    command.args(["run", "--release", "--quiet", "-p", "pt-cli", "--bin", "pt", "--", "demo", "sft"]);
+    command.args(["run", "--release", "--quiet", "-p", "pt-cli", "--bin", "pt", "--", "demo", name]);
     command.arg("--model").arg(model).arg("--data").arg(data);
-    command.arg("--output").arg(free_folder()).args(extra);
+    command.arg("--output").arg(free_folder(&format!("demo-{name}"))).args(extra);
     replace_with(&mut command)
 }
 
@@ -38,9 +42,9 @@ fn replace_with(command: &mut Command) -> Result<()> {
     run(command)
 }
 
-/// `runs/demo-sft`, or with a number where runs stand already: a run is never overwritten.
-fn free_folder() -> std::path::PathBuf {
+/// `runs/NAME`, or with a number where runs stand already: a run is never overwritten.
+fn free_folder(name: &str) -> std::path::PathBuf {
     let runs = workspace().join("runs");
-    let names = std::iter::once("demo-sft".to_owned()).chain((2..).map(|number| format!("demo-sft-{number}")));
-    names.map(|name| runs.join(name)).find(|path| !path.exists()).unwrap_or_else(|| runs.join("demo-sft"))
+    let names = std::iter::once(name.to_owned()).chain((2..).map(|number| format!("{name}-{number}")));
+    names.map(|name| runs.join(name)).find(|path| !path.exists()).unwrap_or_else(|| runs.join(name))
 }

@@ -89,7 +89,7 @@ fn environment_of(area: &str) -> (&'static str, &'static str) {
 }
 
 /// Generators that read the real model, and are told where it is.
-const READ_SMOLLM2: [&str; 2] = ["smollm2", "tokenizer"];
+const READ_SMOLLM2: [&str; 3] = ["smollm2", "tokenizer", "dpo_train"];
 
 /// Modules that generators share, and what is no generator.
 const HELPERS: [&str; 2] = ["common", INTEROP];

@@ -48,7 +48,7 @@ fn run(task: Task) -> Result<()> {
         Task::Fetch { names } => fetch::fetch(&names),
         Task::Test { extra } => test::test(&extra),
         Task::TestNeon => neon::test(),
-        Task::Demo { extra } => demo::sft(&extra),
+        Task::Demo { demo, extra } => demo::run_demo(demo, &extra),
         Task::Golden { area, regenerate } => golden::golden(area.as_deref(), regenerate),
         Task::Bench { suites, peers, extra } => bench::bench(&suites, peers, &extra),
         Task::Tidy { quick } => tidy::tidy(quick),

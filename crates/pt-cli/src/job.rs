@@ -81,6 +81,8 @@ pub(crate) struct Finished {
     pub(crate) chosen: PathBuf,
     /// Those of the last checkpoint, where it is not the best.
     pub(crate) last: Option<PathBuf>,
+    /// Other numbers of the evaluation before training.
+    before: BTreeMap<String, f64>,
     /// With the weights of `chosen`; all weights trained, with those of the last step.
     pub(crate) sites: Rc<dyn Sites>,
     pub(crate) run: RunDir,
@@ -106,7 +108,7 @@ impl<T: Task> Job<T> {
             )));
         }
         eprintln!("checking {} rows", self.rows.len() + self.eval_rows.len());
-        T::check(&self.rows, &self.eval_rows, &encoder, &self.config.data)
+        T::check(&self.rows, &self.eval_rows, &encoder, &self.config)
     }
 
     /// Trains and saves the adapter (or the model) under `output`.
@@ -227,6 +229,7 @@ impl<T: Task> Job<T> {
         let finished = Finished {
             outcome,
             loss: (measured.loss, after),
+            before: measured.values,
             chosen,
             last: earlier.map(|_| last.join(part)),
             sites,
@@ -321,6 +324,11 @@ impl Answered {
 }
 
 impl Finished {
+    /// A number of the last evaluation.
+    pub(crate) fn value(&self, name: &str) -> Option<f64> {
+        self.outcome.evaluation.as_ref()?.value(name)
+    }
+
     /// Writes report.html, with more numbers and samples where a caller has them.
     pub(crate) fn report<T: Task>(
         &self,
@@ -335,6 +343,18 @@ impl Finished {
                 after,
                 unit: T::LOSS_UNIT.into(),
                 better: Better::Lower,
+            });
+        }
+        let shares = self.outcome.evaluation.iter().flat_map(|evaluation| &evaluation.values);
+        for (name, after) in shares.filter(|(name, _)| name.contains("accurac")) {
+            // Rewards before training are differences of equal numbers: nothing is told apart.
+            let before = self.before.get(*name).filter(|before| **before > 0.0);
+            headlines.push(Headline {
+                label: format!("held-out {name}"),
+                before: before.map(|before| before * 100.0),
+                after: after * 100.0,
+                unit: "%".into(),
+                better: Better::Higher,
             });
         }
         let adapter = self.chosen.display();

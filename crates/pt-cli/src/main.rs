@@ -4,6 +4,7 @@
 mod answers;
 mod checkpoints;
 mod commands;
+mod dpo_task;
 mod interrupts;
 mod job;
 mod memory;
@@ -27,6 +28,8 @@ struct Cli {
 enum Command {
     /// Fine-tune a model on prompts and completions (LoRA, another parameter-efficient method, or all weights).
     Sft(commands::sft::Args),
+    /// Train on preferences: DPO and its family, ORPO, SimPO, KTO.
+    Dpo(commands::dpo::Args),
     /// Complete the prompts of a file, one JSON line per row.
     Generate(commands::generate::Args),
     /// Talk with a model.
@@ -55,6 +58,7 @@ fn main() -> ExitCode {
     let cli = Cli::parse();
     let result = match cli.command {
         Command::Sft(args) => commands::sft::run(args),
+        Command::Dpo(args) => commands::dpo::run(args),
         Command::Generate(args) => commands::generate::run(args),
         Command::Chat(args) => commands::chat::run(args),
         Command::Score(args) => commands::score::run(args),

@@ -5,13 +5,13 @@ use crate::talk;
 use anyhow::Result;
 use pt_model::{CausalLm, Pretrained, Sites};
 use pt_tensor::Tensor;
-use pt_train::data::{DataConfig, Preflight, PromptGroup, Row, overlap, preflight};
+use pt_train::data::{Preflight, PromptGroup, Row, overlap, preflight};
 use pt_train::encoder::ModelEncoder;
 use pt_train::objective::{Example, Objective};
 use pt_train::report::DataTable;
 use pt_train::run_dir::RunDir;
-use pt_train::settings::ObjectiveConfig;
-use pt_train::sft::Sft;
+use pt_train::settings::{ObjectiveConfig, TrainConfig};
+use pt_train::sft::{Sft, SftConfig};
 use std::rc::Rc;
 
 /// What is trained: what is switched on at the model's sites, and the tensors that learn, by name.
@@ -37,7 +37,7 @@ pub(crate) trait Task: Sized {
         rows: &[Row],
         eval_rows: &[Row],
         encoder: &ModelEncoder<'_>,
-        data: &DataConfig,
+        config: &TrainConfig<Self::Settings>,
     ) -> Result<Checked<Self::Example>>;
 
     /// What is optimized; it may complete the training and the held-out rows.
@@ -83,9 +83,9 @@ impl Task for SftTask {
         rows: &[Row],
         eval_rows: &[Row],
         encoder: &ModelEncoder<'_>,
-        data: &DataConfig,
+        config: &SftConfig,
     ) -> Result<Checked<PromptGroup>> {
-        let train = preflight(rows, encoder, data)?;
+        let train = preflight(rows, encoder, &config.data)?;
         eprintln!("{}", train.summary.to_text());
         for example in train.examples(rows, encoder, talk::is_terminal()) {
             eprintln!("{example}\n");
@@ -93,7 +93,7 @@ impl Task for SftTask {
         let mut tables = vec![DataTable::of_rows("training", &train.summary)];
         let mut eval = CheckedRows { examples: vec![], row_of_example: vec![] };
         if !eval_rows.is_empty() {
-            let Preflight { groups, row_of_group, summary } = preflight(eval_rows, encoder, data)?;
+            let Preflight { groups, row_of_group, summary } = preflight(eval_rows, encoder, &config.data)?;
             let shared = overlap(&train.groups, &groups);
             if shared > 0 {
                 eprintln!("warning: {shared} held-out rows stand in the training data too");

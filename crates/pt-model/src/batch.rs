@@ -48,8 +48,13 @@ impl PromptGroup {
 
     /// Labels that have a token before them to be predicted from.
     pub fn num_labels(&self) -> usize {
+        self.label_counts().sum()
+    }
+
+    /// The same of each completion.
+    pub fn label_counts(&self) -> impl Iterator<Item = usize> + '_ {
         let skip = usize::from(self.prompt.is_empty());
-        self.completions.iter().map(|c| c.is_label.iter().skip(skip).filter(|&&is_label| is_label).count()).sum()
+        self.completions.iter().map(move |c| c.is_label.iter().skip(skip).filter(|&&is_label| is_label).count())
     }
 
     /// Tokens of the prompt and its longest completion: what must fit the model's context.

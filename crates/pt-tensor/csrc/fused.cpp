@@ -64,10 +64,11 @@ inline void rotary_head(const T* x, const float* cos, const float* sin, T* y, in
 }
 
 // A row of a tile of logits becomes exp(scale * logit - max), in place, and the label's own entry next to nothing: the
-// sum of the others stays exact however probable the label is. Columns hold the ids [first, first + n).
+// sum of the others stays exact however probable the label is. Columns hold the ids [first, first + n). Beside the sum
+// goes that of the squares.
 template <typename T>
-inline void softmax_row(T* x, int64_t n, float scale, int64_t label, float* max, float* others, float* label_logit,
-                        float* rescale) {
+inline void softmax_row(T* x, int64_t n, float scale, int64_t label, float* max, float* others, float* squares,
+                        float* label_logit, float* rescale) {
   float top = *max;
 #pragma omp simd reduction(max : top)
   for (int64_t i = 0; i < n; ++i) {
@@ -79,14 +80,16 @@ inline void softmax_row(T* x, int64_t n, float scale, int64_t label, float* max,
     store(&x[label], -std::numeric_limits<float>::infinity());
   }
   *rescale = *max < top ? exp_fast(*max - top) : 1.0f;
-  float sum = 0;
-#pragma omp simd reduction(+ : sum)
+  float sum = 0, sum_squares = 0;
+#pragma omp simd reduction(+ : sum, sum_squares)
   for (int64_t i = 0; i < n; ++i) {
     float e = exp_fast(load(x[i]) * scale - top);
     sum += e;
+    sum_squares += e * e;
     store(&x[i], e);
   }
   *others = *others * *rescale + sum;
+  *squares = *squares * *rescale * *rescale + sum_squares;
   *max = top;
 }
 
@@ -103,9 +106,10 @@ inline void softmax_row(T* x, int64_t n, float scale, int64_t label, float* max,
     swiglu_backward_run(dy, gate, up, dgate, dup, n);                                                               \
   }                                                                                                                 \
   EACH_CPU void softmax_##NAME(T* x, int64_t rows, int64_t n, float scale, const int64_t* labels, int64_t first,     \
-                               float* max, float* others, float* label_logits, float* rescale) {                    \
+                               float* max, float* others, float* squares, float* label_logits, float* rescale) {    \
     for (int64_t i = 0; i < rows; ++i)                                                                              \
-      softmax_row(x + i * n, n, scale, labels[i] - first, max + i, others + i, label_logits + i, rescale + i);      \
+      softmax_row(x + i * n, n, scale, labels[i] - first, max + i, others + i, squares + i, label_logits + i,       \
+                  rescale + i);                                                                                     \
   }                                                                                                                 \
   EACH_CPU void rotary_##NAME(const T* x, const float* cos, const float* sin, T* y, int64_t rows, int64_t heads,    \
                               int64_t head_dim, float sign) {                                                       \
@@ -174,16 +178,16 @@ void pt_swiglu_backward(int is_bf16, const void* dy, const void* gate, const voi
   });
 }
 
-// A tile of logits [rows][n] of the ids [first, first + n); labels, max, others, label_logits and rescale are [rows].
+// A tile of logits [rows][n] of the ids [first, first + n); labels and what follows `first` are [rows].
 void pt_softmax_tile(int is_bf16, void* x, int64_t rows, int64_t n, float scale, const int64_t* labels, int64_t first,
-                     float* max, float* others, float* label_logits, float* rescale) noexcept {
+                     float* max, float* others, float* squares, float* label_logits, float* rescale) noexcept {
   rows_in_parallel(rows, n, [&](int64_t a, int64_t b) {
     if (is_bf16)
-      softmax_bf16((Bf16*)x + a * n, b - a, n, scale, labels + a, first, max + a, others + a, label_logits + a,
-                   rescale + a);
+      softmax_bf16((Bf16*)x + a * n, b - a, n, scale, labels + a, first, max + a, others + a, squares + a,
+                   label_logits + a, rescale + a);
     else
-      softmax_f32((float*)x + a * n, b - a, n, scale, labels + a, first, max + a, others + a, label_logits + a,
-                  rescale + a);
+      softmax_f32((float*)x + a * n, b - a, n, scale, labels + a, first, max + a, others + a, squares + a,
+                  label_logits + a, rescale + a);
   });
 }
 

@@ -48,6 +48,7 @@ unsafe extern "C" {
         first: i64,
         max: *mut f32,
         others: *mut f32,
+        squares: *mut f32,
         label_logits: *mut f32,
         rescale: *mut f32,
     );
@@ -178,6 +179,8 @@ pub(crate) struct SoftmaxState {
     pub(crate) max: Tensor,
     /// Σ exp(logit − max) over all entries but the label.
     pub(crate) others: Tensor,
+    /// Σ exp(logit − max)² over the same entries; off the one-pass loop only where it is asked for.
+    pub(crate) squares: Tensor,
     /// The label's logit, once its tile has been seen.
     pub(crate) label_logits: Tensor,
 }
@@ -185,7 +188,7 @@ pub(crate) struct SoftmaxState {
 impl SoftmaxState {
     pub(crate) fn new(rows: i64, kind: Kind, device: Device) -> Self {
         let column = |value: f64| Tensor::full([rows], value, (kind, device));
-        Self { max: column(f64::NEG_INFINITY), others: column(0.0), label_logits: column(0.0) }
+        Self { max: column(f64::NEG_INFINITY), others: column(0.0), squares: column(0.0), label_logits: column(0.0) }
     }
 
     /// Takes in a tile of CPU logits, f32 or bf16, of the ids `first..`: one pass that turns `logits: [rows, ids]` in
@@ -196,7 +199,7 @@ impl SoftmaxState {
         let labels = labels.contiguous();
         let rescale = self.max.empty_like();
         debug_assert!(is_fusable(&[logits]) && self.max.kind() == Kind::Float && labels.size() == [rows]);
-        // SAFETY: contiguous CPU tensors: logits holds rows · ids elements of its kind, labels rows of i64, the four
+        // SAFETY: contiguous CPU tensors: logits holds rows · ids elements of its kind, labels rows of i64, the five
         // columns rows of f32 each, made by `new`; the label's entry is touched only where it lies within the tile.
         unsafe {
             pt_softmax_tile(
@@ -209,6 +212,7 @@ impl SoftmaxState {
                 first,
                 ptr(&self.max).cast(),
                 ptr(&self.others).cast(),
+                ptr(&self.squares).cast(),
                 ptr(&self.label_logits).cast(),
                 ptr(&rescale).cast(),
             );

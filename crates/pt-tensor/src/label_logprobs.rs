@@ -14,6 +14,8 @@ pub struct LabelLogprobs {
     pub soft_cap: Option<f64>,
     /// Also return the entropy of each distribution.
     pub with_entropy: bool,
+    /// Also return log Σ p² of each distribution.
+    pub with_collision: bool,
     /// Tokens in a tile.
     pub token_tile: i64,
     /// Vocabulary entries in a tile. A tile of logits takes `4 · token_tile · vocab_tile` bytes.
@@ -22,7 +24,14 @@ pub struct LabelLogprobs {
 
 impl Default for LabelLogprobs {
     fn default() -> Self {
-        Self { temperature: 1.0, soft_cap: None, with_entropy: false, token_tile: 512, vocab_tile: 8192 }
+        Self {
+            temperature: 1.0,
+            soft_cap: None,
+            with_entropy: false,
+            with_collision: false,
+            token_tile: 512,
+            vocab_tile: 8192,
+        }
     }
 }
 
@@ -33,6 +42,9 @@ pub struct LabelOutput {
     pub logprobs: Tensor,
     /// Entropy in nats; differentiable; `None` unless asked for.
     pub entropy: Option<Tensor>,
+    /// log Σ p² over the vocabulary, nats: the log of how probable it is that two draws are the same token (minus the
+    /// Rényi entropy of order 2), which WPO weighs tokens by. No gradient; `None` unless asked for.
+    pub log_collision: Option<Tensor>,
     /// 1 where the label is the most probable token, else 0; no gradient.
     pub is_top1: Tensor,
 }
@@ -108,6 +120,7 @@ pub fn label_logprobs(
     let logprobs = &label_logits - &pass.log_sum;
     let is_top1 = label_logits.ge(0.0).to_kind(accumulate_kind(hidden_states));
     let entropy = options.with_entropy.then(|| &pass.log_sum - &pass.expected_logit);
+    let log_collision = options.with_collision.then(|| &pass.log_sum_squares - &pass.log_sum * 2.0);
     if let Some(direction) = pass.direction {
         attach_backward("label_logprobs", &[hidden_states], &[&logprobs], move |grads| {
             Ok(vec![
@@ -129,7 +142,7 @@ pub fn label_logprobs(
             )
         })?;
     }
-    Ok(LabelOutput { logprobs, entropy, is_top1 })
+    Ok(LabelOutput { logprobs, entropy, log_collision, is_top1 })
 }
 
 /// f32, or f64 for f64 input (finite differences in tests).
@@ -154,6 +167,8 @@ struct Forward {
     others_share: Tensor,
     /// Σ p · (logit − max), for the entropy.
     expected_logit: Tensor,
+    /// log Σ exp(logit − max)², where it is asked for.
+    log_sum_squares: Tensor,
     /// d log p / d hidden, `[num_labels, hidden_size]`, in the kind of `hidden`.
     direction: Option<Tensor>,
 }
@@ -191,7 +206,7 @@ impl Tiles {
         let num_labels = self.hidden.size()[0];
         let column = || Tensor::zeros([num_labels], (kind, device));
         let (label_logits, max, log_sum) = (column(), column(), column());
-        let (others_share, expected_logit) = (column(), column());
+        let (others_share, expected_logit, log_sum_squares) = (column(), column(), column());
         let direction = with_direction.then(|| self.hidden.empty_like());
         for (start, len) in self.token_tiles() {
             let hidden = self.hidden.narrow(0, start, len);
@@ -222,6 +237,9 @@ impl Tiles {
             max.narrow(0, start, len).copy_(&state.max);
             log_sum.narrow(0, start, len).copy_(&total.log());
             label_logits.narrow(0, start, len).copy_(&state.label_logits);
+            if self.options.with_collision {
+                log_sum_squares.narrow(0, start, len).copy_(&(&state.squares + own.exp().square()).log());
+            }
             let share = &state.others / &total;
             others_share.narrow(0, start, len).copy_(&share);
             if self.options.with_entropy {
@@ -235,7 +253,7 @@ impl Tiles {
                 direction.narrow(0, start, len).copy_(&value);
             }
         }
-        Ok(Forward { label_logits, max, log_sum, others_share, expected_logit, direction })
+        Ok(Forward { label_logits, max, log_sum, others_share, expected_logit, log_sum_squares, direction })
     }
 
     /// Whether tiles can be taken in by [`SoftmaxState::take_in`].
@@ -275,6 +293,9 @@ impl Tiles {
         if self.options.with_entropy {
             let moved = (&*weighted + &state.others * step) * &rescale;
             *weighted = moved + (&p * shifted).sum_dim_intlist(1, false, kind);
+        }
+        if self.options.with_collision {
+            state.squares = &state.squares * rescale.square() + p.square().sum_dim_intlist(1, false, kind);
         }
         state.others = &state.others * &rescale + p.sum_dim_intlist(1, false, kind);
         state.max = new_max;
@@ -375,6 +396,16 @@ mod tests {
         (log_p.gather(1, &case.labels.unsqueeze(1), false).squeeze_dim(1), entropy)
     }
 
+    /// log Σ p² of whole rows of logits.
+    fn naive_log_collision(case: &Case, options: &LabelLogprobs) -> Tensor {
+        let mut logits =
+            case.hidden.detach().to_kind(Kind::Double).matmul(&case.weight.detach().to_kind(Kind::Double).tr());
+        if let Some(cap) = options.soft_cap {
+            logits = (logits / cap).tanh() * cap;
+        }
+        (logits / options.temperature).softmax(-1, Kind::Double).square().sum_dim_intlist(-1, false, Kind::Double).log()
+    }
+
     fn max_error(a: &Tensor, b: &Tensor) -> f64 {
         (a.to_kind(Kind::Double) - b.to_kind(Kind::Double)).abs().max().double_value(&[])
     }
@@ -384,13 +415,23 @@ mod tests {
         for (temperature, soft_cap) in [(1.0, None), (0.7, None), (1.3, Some(2.0))] {
             for (token_tile, vocab_tile) in [(1, 1), (2, 5), (4, 23), (9, 8), (100, 100)] {
                 for (with_entropy, wants_weight) in [(false, false), (false, true), (true, false), (true, true)] {
-                    let options = LabelLogprobs { temperature, soft_cap, with_entropy, token_tile, vocab_tile };
+                    let options = LabelLogprobs {
+                        temperature,
+                        soft_cap,
+                        with_entropy,
+                        with_collision: true,
+                        token_tile,
+                        vocab_tile,
+                    };
                     let mut case = case(Kind::Double);
                     case.hidden = case.hidden.set_requires_grad(true);
                     case.weight = case.weight.set_requires_grad(wants_weight);
                     let out = label_logprobs(&case.hidden, &case.weight, &case.labels, &options).unwrap();
                     let (logprobs, entropy) = naive(&case, &options);
                     assert!(max_error(&out.logprobs, &logprobs) < 1e-12);
+                    let log_collision = out.log_collision.unwrap();
+                    assert!(max_error(&log_collision, &naive_log_collision(&case, &options)) < 1e-12);
+                    assert!(!log_collision.requires_grad());
                     let upstream = Tensor::arange(9, (Kind::Double, Device::Cpu)) - 4.0;
                     let total = |l: &Tensor, h: Option<&Tensor>| {
                         let mut sum = (l * &upstream).sum(Kind::Double);
@@ -497,7 +538,7 @@ mod tests {
         let run = |soft_cap: Option<f64>| {
             let hidden = case.hidden.copy().set_requires_grad(true);
             let options =
-                LabelLogprobs { soft_cap, temperature: 0.7, token_tile: 4, vocab_tile: 5, with_entropy: false };
+                LabelLogprobs { soft_cap, temperature: 0.7, token_tile: 4, vocab_tile: 5, ..Default::default() };
             let out = label_logprobs(&hidden, &case.weight, &case.labels, &options).unwrap();
             out.logprobs.sum(Kind::Float).backward();
             (out.logprobs.detach(), hidden.grad(), out.is_top1)
@@ -506,6 +547,32 @@ mod tests {
         let (fused, plain) = (run(None), run(Some(1e6)));
         assert!(max_error(&fused.0, &plain.0) < 1e-5 && max_error(&fused.1, &plain.1) < 1e-5);
         assert!(fused.2.equal(&plain.2));
+    }
+
+    #[test]
+    fn log_collision_of_the_fused_pass_equals_a_dense_softmax() {
+        for (kind, tolerance) in [(Kind::Float, 1e-5), (Kind::BFloat16, 5e-2)] {
+            let case = case(kind);
+            for (token_tile, vocab_tile) in [(1, 1), (4, 5), (100, 100)] {
+                for wants_hidden in [false, true] {
+                    let options = LabelLogprobs { with_collision: true, token_tile, vocab_tile, ..Default::default() };
+                    let hidden = case.hidden.copy().set_requires_grad(wants_hidden);
+                    let out = label_logprobs(&hidden, &case.weight, &case.labels, &options).unwrap();
+                    let error = max_error(&out.log_collision.unwrap(), &naive_log_collision(&case, &options));
+                    assert!(error < tolerance, "{kind:?} {options:?}: {error}");
+                }
+            }
+        }
+    }
+
+    /// Four equally likely tokens: two draws are the same one time in four.
+    #[test]
+    fn log_collision_of_a_uniform_distribution_is_minus_the_log_of_its_size() {
+        let hidden = Tensor::zeros([1, 2], (Kind::Float, Device::Cpu));
+        let weight = Tensor::ones([4, 2], (Kind::Float, Device::Cpu));
+        let options = LabelLogprobs { with_collision: true, vocab_tile: 3, ..Default::default() };
+        let out = label_logprobs(&hidden, &weight, &Tensor::from_slice(&[3i64]), &options).unwrap();
+        assert!((out.log_collision.unwrap().double_value(&[0]) + 4f64.ln()).abs() < 1e-6);
     }
 
     #[test]

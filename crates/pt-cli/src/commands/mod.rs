@@ -4,6 +4,7 @@ pub(crate) mod chat;
 pub(crate) mod combine;
 pub(crate) mod delta;
 pub(crate) mod demo;
+pub(crate) mod dpo;
 pub(crate) mod fetch;
 pub(crate) mod generate;
 pub(crate) mod inspect;

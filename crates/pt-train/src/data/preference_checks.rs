@@ -142,7 +142,8 @@ impl PreferenceSummary {
 }
 
 impl PreferenceSource {
-    fn lines(&self) -> Vec<String> {
+    /// What is to be said of it beside the counts, a line each.
+    pub(crate) fn lines(&self) -> Vec<String> {
         let mut lines = Vec::new();
         let percent = |part: usize, whole: usize| 100.0 * part as f64 / whole.max(1) as f64;
         if self.desirable + self.undesirable > 0 {

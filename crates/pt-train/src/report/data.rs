@@ -1,7 +1,7 @@
 //! What a report says of a data set.
 
 use super::grouped;
-use crate::data::PreflightSummary;
+use crate::data::{PreferenceSummary, PreflightSummary};
 
 /// A data set as the report tables it: a line a source, then notes and warnings.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -50,5 +50,43 @@ impl DataTable {
         });
         let sources = sources.collect();
         Self { name: name.into(), head, sources, notes: vec![], warnings: summary.warnings.clone() }
+    }
+
+    /// Of preferences.
+    pub fn of_preferences(name: &str, summary: &PreferenceSummary) -> Self {
+        let head = vec![
+            "rows",
+            "trained rows",
+            "over-long",
+            "cut",
+            "void",
+            "duplicates",
+            "pairs",
+            "tokens",
+            "mean prompt",
+            "mean chosen",
+            "mean rejected",
+        ];
+        let sources = summary.sources.iter().map(|source| {
+            let counts = &source.counts;
+            let counted = [
+                counts.rows,
+                counts.kept,
+                counts.over_long,
+                counts.truncated,
+                counts.dropped_empty,
+                counts.duplicates,
+                source.pairs,
+                counts.tokens,
+            ];
+            let lengths = [&source.prompt, &source.chosen, &source.rejected].map(|of| format!("{:.0}", of.mean));
+            (counts.name.clone(), counted.map(grouped).into_iter().chain(lengths).collect())
+        });
+        let sources = sources.collect();
+        let lines = |source: &crate::data::PreferenceSource| {
+            source.lines().into_iter().map(|line| format!("{}: {line}", source.counts.name)).collect::<Vec<_>>()
+        };
+        let notes = summary.sources.iter().flat_map(lines).collect();
+        Self { name: name.into(), head, sources, notes, warnings: summary.warnings.clone() }
     }
 }
