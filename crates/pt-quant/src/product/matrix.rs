@@ -3,27 +3,17 @@
 use alloc::vec;
 use alloc::vec::Vec;
 
-use crate::dense::grown;
+use super::scales::{ScaleFormat, Scales, tiles_per_task};
 use crate::error::check_len;
 use crate::simd::product::{self, GROUP, Group, Int8Table, TILE_ROWS, Table, Tiles};
-use crate::{Absmax, AbsmaxBuf, Bf16, Block4, Block4Ref, BlockSize, Codebook, Exec, QuantError, packed_len};
-
-/// In which format a [`Block4Matrix`] holds the scales of its blocks.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum ScaleFormat {
-    /// As they are: products use the very weights that dequantizing gives, and [`Block4Matrix::to_block4`] gives back what was put in.
-    #[default]
-    F32,
-    /// Rounded to bf16: 0.53 instead of 0.56 bytes a weight in blocks of 64, with a relative error of each weight up to 2^-9.
-    Bf16,
-}
+use crate::{Absmax, AbsmaxBuf, Block4, Block4Ref, BlockSize, Codebook, Exec, QuantError, packed_len};
 
 /// A 4-bit matrix `[out_features, in_features]`, the weight of a linear layer, in the order that products read it.
 ///
 /// It holds 4 rows in one stream with their scales apart ("tiles"), which is a rearrangement of the 4-bit codes: [`from_block4`](Self::from_block4) and
 /// [`to_block4`](Self::to_block4) lose nothing. A matrix whose row length is no multiple of 64, or whose blocks are of 32, is held in
-/// bitsandbytes' order instead; all functions take it, slower. Scales are held once for 64 weights, also when the blocks are longer. Double
-/// quantization is undone.
+/// bitsandbytes' order instead; all functions take it, slower. Scales are held once for 64 weights, also when the blocks are longer, in a
+/// [`ScaleFormat`].
 #[derive(Debug, Clone, PartialEq)]
 pub struct Block4Matrix {
     out_features: usize,
@@ -31,6 +21,7 @@ pub struct Block4Matrix {
     block_size: BlockSize,
     codebook: Codebook,
     int8: Int8Table,
+    scale_format: ScaleFormat,
     storage: Storage,
 }
 
@@ -46,13 +37,6 @@ pub(super) struct Tiled {
     codes: Vec<Group>,
     scales: Scales,
     groups_per_row: usize,
-}
-
-/// `[num_tiles, groups_per_row]`
-#[derive(Debug, Clone, PartialEq)]
-enum Scales {
-    F32(Vec<[f32; TILE_ROWS]>),
-    Bf16(Vec<[Bf16; TILE_ROWS]>),
 }
 
 impl Block4Matrix {
@@ -90,22 +74,19 @@ impl Block4Matrix {
         let storage = if len > 0 && in_features.is_multiple_of(GROUP) && block_size.get().is_multiple_of(GROUP) {
             let groups_per_row = in_features / GROUP;
             let num_groups = out_features.div_ceil(TILE_ROWS) * groups_per_row;
-            let scales = match scale_format {
-                ScaleFormat::F32 => Scales::F32(vec![[0.0; TILE_ROWS]; num_groups]),
-                ScaleFormat::Bf16 => Scales::Bf16(vec![[Bf16(0); TILE_ROWS]; num_groups]),
-            };
-            Storage::Tiled(Tiled { codes: vec![Group::ZERO; num_groups], scales, groups_per_row })
+            Storage::Tiled(Tiled { codes: vec![Group::ZERO; num_groups], scales: Scales::default(), groups_per_row })
         } else {
             Storage::Flat(source.to_owned())
         };
         let codebook = *source.codebook();
         let int8 = int8_table(codebook.values());
-        let mut matrix = Self { out_features, in_features, block_size, codebook, int8, storage };
+        let mut matrix = Self { out_features, in_features, block_size, codebook, int8, scale_format, storage };
         matrix.fill(source, exec);
         Ok(matrix)
     }
 
-    /// As [`from_block4`](Self::from_block4), into the memory of this matrix: nothing is allocated while the source has the same shape and block size.
+    /// As [`from_block4`](Self::from_block4), into the memory of this matrix: nothing is allocated while the source has the same shape and block
+    /// size, and its scales the same format.
     ///
     /// # Errors
     /// [`QuantError::Length`] when the tensor has another number of weights; [`QuantError::Value`] when it has another block size.
@@ -134,7 +115,7 @@ impl Block4Matrix {
         let kernels = product::kernels(exec.isa());
         let packed = source.packed();
         let row_bytes = in_features / 2;
-        let tiles_per_task = (TILE_BYTES_PER_TASK / (groups * size_of::<Group>())).max(1);
+        let tiles_per_task = tiles_per_task(groups);
         exec.for_each_chunk(&mut tiled.codes, groups * tiles_per_task, |index, codes| {
             for (offset, codes) in codes.chunks_exact_mut(groups).enumerate() {
                 let first = (index * tiles_per_task + offset) * TILE_ROWS;
@@ -146,26 +127,34 @@ impl Block4Matrix {
                 (kernels.tile_rows)(&rows, codes);
             }
         });
-        let absmax = RowScales { source, groups };
-        match &mut tiled.scales {
-            Scales::F32(scales) => fill_scales(scales, &absmax, out_features, |scale| scale, exec),
-            Scales::Bf16(scales) => fill_scales(scales, &absmax, out_features, Bf16::from_f32, exec),
-        }
+        tiled.scales.fill(self.scale_format, source, (out_features, groups), exec);
     }
 
-    /// The matrix in bitsandbytes' byte order, with plain scales.
+    /// The matrix in bitsandbytes' byte order, with plain scales, or with those in 8 bits that [`ScaleFormat::AsStored`] kept.
     #[must_use]
     pub fn to_block4(&self, exec: &Exec<'_>) -> Block4 {
         let len = self.out_features * self.in_features;
+        let num_blocks = self.block_size.num_blocks(len);
+        let nested = match &self.storage {
+            Storage::Tiled(tiled) => tiled.scales.to_nested(self.groups(tiled), num_blocks),
+            Storage::Flat(block4) if self.scale_format == ScaleFormat::AsStored => return block4.clone(),
+            Storage::Flat(_) => None,
+        };
         let mut packed = vec![0; packed_len(len)];
-        let mut absmax = vec![0.0; self.block_size.num_blocks(len)];
-        self.copy(&mut packed, &mut absmax, exec);
+        self.copy_codes(&mut packed, exec);
+        let absmax = nested.map_or_else(
+            || {
+                let mut absmax = vec![0.0; num_blocks];
+                self.copy_absmax(&mut absmax, exec);
+                AbsmaxBuf::F32(absmax)
+            },
+            AbsmaxBuf::Nested,
+        );
         // The lengths are those that it checks.
-        Block4::new(packed, AbsmaxBuf::F32(absmax), len, self.block_size, self.codebook)
-            .unwrap_or_else(|error| unreachable!("{error}"))
+        Block4::new(packed, absmax, len, self.block_size, self.codebook).unwrap_or_else(|error| unreachable!("{error}"))
     }
 
-    /// As [`to_block4`](Self::to_block4), into buffers: `packed` `[ceil(len / 2)]`, `absmax` `[ceil(len / block_size)]`.
+    /// As [`to_block4`](Self::to_block4) with plain scales, into buffers: `packed` `[ceil(len / 2)]`, `absmax` `[ceil(len / block_size)]`.
     ///
     /// # Errors
     /// [`QuantError::Length`] when a buffer has another length.
@@ -173,25 +162,36 @@ impl Block4Matrix {
         let len = self.out_features * self.in_features;
         check_len("packed", packed.len(), packed_len(len))?;
         check_len("absmax", absmax.len(), self.block_size.num_blocks(len))?;
-        self.copy(packed, absmax, exec);
+        self.copy_codes(packed, exec);
+        self.copy_absmax(absmax, exec);
         Ok(())
     }
 
-    fn copy(&self, packed: &mut [u8], absmax: &mut [f32], exec: &Exec<'_>) {
-        let tiled = match &self.storage {
-            Storage::Tiled(tiled) => tiled,
+    /// Groups of a row and of a block.
+    fn groups(&self, tiled: &Tiled) -> (usize, usize) {
+        (tiled.groups_per_row, self.block_size.get() / GROUP)
+    }
+
+    fn copy_absmax(&self, absmax: &mut [f32], exec: &Exec<'_>) {
+        match &self.storage {
+            Storage::Tiled(tiled) => tiled.scales.copy_blocks(self.groups(tiled), absmax, exec),
             Storage::Flat(block4) => {
-                packed.copy_from_slice(block4.as_ref().packed());
                 for (index, out) in absmax.iter_mut().enumerate() {
                     *out = block4.as_ref().absmax().get(index).unwrap_or(0.0);
                 }
-                return;
             }
+        }
+    }
+
+    fn copy_codes(&self, packed: &mut [u8], exec: &Exec<'_>) {
+        let tiled = match &self.storage {
+            Storage::Tiled(tiled) => tiled,
+            Storage::Flat(block4) => return packed.copy_from_slice(block4.as_ref().packed()),
         };
         let groups = tiled.groups_per_row;
         let kernels = product::kernels(exec.isa());
         let row_bytes = self.in_features / 2;
-        let tiles_per_task = (TILE_BYTES_PER_TASK / (groups * size_of::<Group>())).max(1);
+        let tiles_per_task = tiles_per_task(groups);
         exec.for_each_chunk(packed, TILE_ROWS * row_bytes * tiles_per_task, |index, packed| {
             let codes = tiled.codes[index * tiles_per_task * groups..].chunks_exact(groups);
             for (codes, packed) in codes.zip(packed.chunks_mut(TILE_ROWS * row_bytes)) {
@@ -212,32 +212,6 @@ impl Block4Matrix {
                 }
             }
         });
-        let groups_per_block = self.block_size.get() / GROUP;
-        if groups_per_block == 1 {
-            exec.for_each_chunk(absmax, TILE_ROWS * groups * tiles_per_task, |index, absmax| {
-                for (offset, absmax) in absmax.chunks_mut(TILE_ROWS * groups).enumerate() {
-                    let at = (index * tiles_per_task + offset) * groups;
-                    for (row, absmax) in absmax.chunks_exact_mut(groups).enumerate() {
-                        match &tiled.scales {
-                            Scales::F32(scales) => {
-                                absmax.iter_mut().zip(&scales[at..]).for_each(|(out, scales)| *out = scales[row]);
-                            }
-                            Scales::Bf16(scales) => {
-                                let scales = absmax.iter_mut().zip(&scales[at..]);
-                                scales.for_each(|(out, scales)| *out = scales[row].to_f32());
-                            }
-                        }
-                    }
-                }
-            });
-            return;
-        }
-        for (index, out) in absmax.iter_mut().enumerate() {
-            // The first group of each block, whichever row it is in.
-            let group = index * groups_per_block;
-            let (row, group) = (group / groups, group % groups);
-            *out = tiled.scale(row / TILE_ROWS * groups + group)[row % TILE_ROWS];
-        }
     }
 
     /// Rows: what one input gives.
@@ -270,17 +244,20 @@ impl Block4Matrix {
         matches!(self.storage, Storage::Tiled(_))
     }
 
+    /// Whether its scales are held in 8 bits, as double quantization gave them.
+    #[must_use]
+    pub fn has_nested_scales(&self) -> bool {
+        match &self.storage {
+            Storage::Tiled(tiled) => matches!(tiled.scales, Scales::Nested(_)),
+            Storage::Flat(block4) => matches!(block4.as_ref().absmax(), Absmax::Nested(_)),
+        }
+    }
+
     /// Bytes of its codes and scales.
     #[must_use]
     pub fn num_bytes(&self) -> usize {
         match &self.storage {
-            Storage::Tiled(tiled) => {
-                let scale = match tiled.scales {
-                    Scales::F32(_) => size_of::<f32>(),
-                    Scales::Bf16(_) => size_of::<Bf16>(),
-                };
-                tiled.codes.len() * (size_of::<Group>() + TILE_ROWS * scale)
-            }
+            Storage::Tiled(tiled) => size_of_val(&tiled.codes[..]) + tiled.scales.num_bytes(),
             Storage::Flat(block4) => {
                 let block4 = block4.as_ref();
                 let absmax = match block4.absmax() {
@@ -305,62 +282,9 @@ impl Block4Matrix {
     }
 }
 
-/// The scales of a tensor, by rows of a matrix.
-struct RowScales<'a> {
-    source: Block4Ref<'a>,
-    groups: usize,
-}
-
-impl RowScales<'_> {
-    /// Calls `take` with each group of a row and its scale.
-    fn of_row(&self, row: usize, mut take: impl FnMut(usize, f32)) {
-        let groups_per_block = self.source.block_size().get() / GROUP;
-        let first = row * self.groups;
-        match self.source.absmax() {
-            Absmax::F32(absmax) if groups_per_block == 1 => {
-                absmax[first..first + self.groups].iter().enumerate().for_each(|(group, scale)| take(group, *scale));
-            }
-            absmax => {
-                for group in 0..self.groups {
-                    take(group, absmax.get((first + group) / groups_per_block).unwrap_or(0.0));
-                }
-            }
-        }
-    }
-}
-
-/// Fills `[num_tiles, groups_per_row]` scales of 4 rows; those of rows that are not there stay zero.
-fn fill_scales<T: Send>(
-    out: &mut [[T; TILE_ROWS]],
-    scales: &RowScales<'_>,
-    num_rows: usize,
-    convert: impl Fn(f32) -> T + Sync,
-    exec: &Exec<'_>,
-) {
-    let tiles_per_task = (TILE_BYTES_PER_TASK / (scales.groups * size_of::<Group>())).max(1);
-    exec.for_each_chunk(out, scales.groups * tiles_per_task, |index, out| {
-        for (offset, out) in out.chunks_exact_mut(scales.groups).enumerate() {
-            let first = (index * tiles_per_task + offset) * TILE_ROWS;
-            (0..TILE_ROWS.min(num_rows - first)).for_each(|row| {
-                scales.of_row(first + row, |group, scale| out[group][row] = convert(scale));
-            });
-        }
-    });
-}
-
-/// Code bytes of a task of the rearrangement: enough to make handing it out cheap.
-const TILE_BYTES_PER_TASK: usize = 64 << 10;
-
 impl Tiled {
     pub(super) fn groups_per_row(&self) -> usize {
         self.groups_per_row
-    }
-
-    fn scale(&self, index: usize) -> [f32; TILE_ROWS] {
-        match &self.scales {
-            Scales::F32(scales) => scales[index],
-            Scales::Bf16(scales) => scales[index].map(Bf16::to_f32),
-        }
     }
 
     /// The tiles of some rows, which start at a tile, and a range of their groups. `buffer` is for scales that must be converted.
@@ -370,24 +294,9 @@ impl Tiled {
         groups: core::ops::Range<usize>,
         buffer: &'a mut Vec<[f32; TILE_ROWS]>,
     ) -> Tiles<'a> {
-        let tiles = rows.start / TILE_ROWS * self.groups_per_row..rows.end.div_ceil(TILE_ROWS) * self.groups_per_row;
-        let scales = match &self.scales {
-            Scales::F32(scales) => &scales[tiles.clone()],
-            Scales::Bf16(scales) => {
-                let scales = &scales[tiles.clone()];
-                let buffer = grown(buffer, scales.len());
-                // Tiles whose groups are all asked for, or the one range of each.
-                for (out, row) in
-                    buffer.chunks_exact_mut(self.groups_per_row).zip(scales.chunks_exact(self.groups_per_row))
-                {
-                    for (out, scales) in out[groups.clone()].iter_mut().zip(&row[groups.clone()]) {
-                        *out = scales.map(Bf16::to_f32);
-                    }
-                }
-                &*buffer
-            }
-        };
-        let codes = &self.codes[tiles];
+        let tiles = rows.start / TILE_ROWS..rows.end.div_ceil(TILE_ROWS);
+        let scales = self.scales.of_tiles(tiles.clone(), groups.clone(), self.groups_per_row, buffer);
+        let codes = &self.codes[tiles.start * self.groups_per_row..tiles.end * self.groups_per_row];
         Tiles { codes, scales, groups_per_row: self.groups_per_row, groups: groups.into() }
     }
 }

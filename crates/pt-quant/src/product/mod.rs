@@ -4,13 +4,15 @@ mod backward;
 mod flat;
 mod forward;
 mod matrix;
+mod scales;
 #[cfg(test)]
 mod tests;
 
 use alloc::vec::Vec;
 
 pub use forward::{Arithmetic, ProductOptions};
-pub use matrix::{Block4Matrix, ScaleFormat};
+pub use matrix::Block4Matrix;
+pub use scales::ScaleFormat;
 
 use crate::dense::{grown, grown_aligned};
 use crate::simd::product::{Int8Group, TILE_ROWS};
@@ -37,7 +39,7 @@ pub(crate) struct SlotScratch {
     acc: Vec<f32>,
     /// Outputs of some tiles.
     sums: Vec<[f32; TILE_ROWS]>,
-    /// Scales of some tiles in f32.
+    /// Scales of some tiles in f32, where they are held in another format.
     scales: Vec<[f32; TILE_ROWS]>,
     /// Scales of a tile times those of the activations.
     scaled: Vec<[f32; TILE_ROWS]>,

@@ -342,6 +342,86 @@ fn scales_in_bf16_are_rounded_and_smaller() {
     }
 }
 
+/// A tensor with scales in 8 bits, and the same with what those mean in f32.
+fn doubly_quantized(len: usize, block_size: BlockSize, numbers: &mut Numbers) -> (Block4, Block4) {
+    let exec = Exec::single();
+    let nested = random(len, block_size, numbers).double_quantize(&exec).unwrap();
+    let mut absmax = vec![0.0; block_size.num_blocks(len)];
+    nested.as_ref().absmax().decode_into(0, &mut absmax, &exec).unwrap();
+    let (packed, _) = nested.clone().into_parts();
+    let plain = Block4::new(packed, AbsmaxBuf::F32(absmax), len, block_size, Codebook::nf4()).unwrap();
+    (nested, plain)
+}
+
+/// Matrices with scales in 8 bits give the bits of those with scales in f32, and give back what they were made of.
+fn check_nested(rows: usize, columns: usize, depth: usize, block_size: usize, seed: u32) {
+    let mut numbers = Numbers(seed);
+    let (nested, plain) = doubly_quantized(columns * depth, BlockSize::new(block_size).unwrap(), &mut numbers);
+    let (x, dy) = (numbers.vec(rows * depth), numbers.vec(rows * columns));
+    let mut workspace = Workspace::new();
+    for isa in Isa::available() {
+        let exec = Exec::single().with_isa(isa).unwrap();
+        let build = |block4: &Block4, format| {
+            Block4Matrix::from_block4(block4.as_ref(), columns, depth, format, &exec).unwrap()
+        };
+        let mut stored = build(&nested, ScaleFormat::AsStored);
+        assert_eq!(stored.to_block4(&exec), nested, "{isa}");
+        let decoded = build(&nested, ScaleFormat::F32);
+        assert_eq!(decoded.to_block4(&exec), plain, "{isa}");
+        let (mut packed, mut absmax) = (vec![0; packed_len(columns * depth)], vec![0.0; plain.as_ref().absmax().len()]);
+        stored.to_block4_into(&mut packed, &mut absmax, &exec).unwrap();
+        assert_eq!((packed, AbsmaxBuf::F32(absmax)), plain.clone().into_parts(), "{isa}");
+        for arithmetic in ALL {
+            let options = ProductOptions { arithmetic, ..ProductOptions::default() };
+            let mut run = |matrix: &Block4Matrix| {
+                let (mut y, mut dx) = (vec![0f32; rows * columns], vec![0f32; rows * depth]);
+                matrix.forward(&x, &mut y, rows, &options, &mut workspace, &exec).unwrap();
+                if arithmetic != Arithmetic::Int8 {
+                    matrix.backward(&dy, &mut dx, rows, &options, &mut workspace, &exec).unwrap();
+                }
+                (y, dx)
+            };
+            assert_eq!(run(&stored), run(&decoded), "{isa} {arithmetic:?} {rows}x{columns}x{depth} block {block_size}");
+        }
+        // Its memory takes scales of either format.
+        for block4 in [&plain, &nested] {
+            stored.repack(block4.as_ref(), &exec).unwrap();
+            assert_eq!(stored.to_block4(&exec), *block4, "{isa}");
+        }
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(40))]
+
+    #[test]
+    fn scales_in_8_bits_give_the_bits_of_their_f32(
+        rows in prop_oneof![1usize..20, 60usize..75],
+        columns in 1usize..75,
+        depth in prop_oneof![(1usize..10).prop_map(|groups| groups * 64), 1usize..100],
+        block_size in prop::sample::select(vec![32usize, 64, 128, 512]),
+        seed in any::<u32>(),
+    ) {
+        check_nested(rows, columns, depth, block_size, seed);
+    }
+}
+
+/// 576 to 1536 features and back, as a layer of SmolLM2-135M has them.
+#[test]
+fn scales_in_8_bits_take_no_more_than_0_52_bytes_a_weight() {
+    let exec = Exec::single();
+    for (columns, depth) in [(1536, 576), (576, 1536), (192, 576)] {
+        let (nested, _) = doubly_quantized(columns * depth, BlockSize::B64, &mut Numbers(8));
+        let bytes_per_weight = |format| {
+            let matrix = Block4Matrix::from_block4(nested.as_ref(), columns, depth, format, &exec).unwrap();
+            matrix.num_bytes() as f64 / (columns * depth) as f64
+        };
+        assert!(bytes_per_weight(ScaleFormat::AsStored) < 0.516);
+        assert_eq!(bytes_per_weight(ScaleFormat::F32), 0.5625);
+    }
+    check_nested(3, 192, 576, 64, 12);
+}
+
 #[test]
 fn the_integers_of_a_codebook_are_near_its_values() {
     let largest_error = |values: &[f32; 16]| {
