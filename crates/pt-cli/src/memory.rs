@@ -60,13 +60,13 @@ mod tests {
 
     #[test]
     fn each_part_has_its_line() {
-        let weights = WeightMemory { num_quantized: 2_000_000, quantized_bytes: 1_125_000, dense_bytes: 500_000 };
+        let weights = WeightMemory { num_quantized: 2_000_000, quantized_bytes: 1_032_000, dense_bytes: 500_000 };
         let trained = vec![Tensor::zeros([50_000], (Kind::Float, Device::Cpu))];
         let memory =
             Memory { weights, trained, is_adapter: true, variant: AdamWVariant::PagedAdamw8bit, device: Device::Cpu };
         let text = memory.to_text();
         for part in [
-            "4-bit weights            1.1 MB  2.0 M weights of 0.562 bytes",
+            "4-bit weights            1.0 MB  2.0 M weights of 0.516 bytes",
             "adapter                  0.2 MB\n",
             "gradients                0.2 MB\n",
             "optimizer state          0.1 MB  paged_adamw_8bit, in a file",

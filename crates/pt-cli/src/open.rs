@@ -43,7 +43,7 @@ pub(crate) struct ModelArgs {
 enum WeightFormat {
     /// As the checkpoint has them
     AsStored,
-    /// In 4 bits (NF4, blocks of 64) but for the output layer, multiplied in --dtype
+    /// In 4 bits (NF4, blocks of 64 with double quantization) but for the output layer, multiplied in --dtype
     Nf4,
     /// In 4 bits with the output layer, and activations in 8 bits on the CPU: fastest, less exact
     Nf4Int8,
@@ -63,7 +63,7 @@ impl BaseFormat {
         match self {
             Self::AsStored => LinearFormat::AsStored,
             Self::Nf4 => LinearFormat::Nf4 {
-                options: Nf4Options { double_quant: true, ..Default::default() },
+                options: Nf4Options::default(),
                 arithmetic: Nf4Arithmetic::Exact,
                 with_output: false,
             },

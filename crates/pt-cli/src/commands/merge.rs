@@ -62,8 +62,8 @@ pub(crate) fn run(args: Args) -> Result<ExitCode> {
     // Nothing is rounded in f32.
     let kind = args.model.saved_kind(&pretrained, Kind::Float)?;
     let mut model = CausalLm::load_with(&pretrained, args.model.device()?, kind, args.weights.format())?;
-    let in_4_bits: Vec<usize> =
-        model.linear_layers().filter(|layer| layer.weight.as_nf4().is_some()).map(|layer| layer.index).collect();
+    let in_4_bits: Vec<(usize, Nf4Options)> =
+        model.linear_layers().filter_map(|layer| Some((layer.index, layer.weight.as_nf4()?.options()))).collect();
     if args.requantize && in_4_bits.is_empty() {
         return Err(Refused {
             message: format!("--requantize: no weight of {} is in 4 bits", pretrained.path.display()),
@@ -97,7 +97,8 @@ pub(crate) fn run(args: Args) -> Result<ExitCode> {
             return save_model(folder, &pretrained, &model, max_shard_bytes);
         }
         let parameters = model.named_parameters_in_4_bits()?;
-        let mut config = quantized_config(&pretrained.config.raw, kind, false);
+        let has_double_quant = in_4_bits.iter().any(|(_, options)| options.double_quant);
+        let mut config = quantized_config(&pretrained.config.raw, kind, has_double_quant);
         let has_output = parameters.iter().any(|(name, _)| name == "lm_head.weight");
         config.insert("tie_word_embeddings".into(), (!has_output).into());
         save_checkpoint(folder, &pretrained, &parameters, &config, max_shard_bytes)
@@ -110,11 +111,12 @@ fn say_drift(what: &str, drift: &Drift) -> Result<()> {
     say(format_args!("  {what:<18} max |Δlogit| {max_logit:.3e}, mean KL {mean_kl:.3e} nats"))
 }
 
-/// Puts the layers that a merge has made dense into 4 bits again; those that it left alone keep their codes.
-fn requantize(model: &mut CausalLm, in_4_bits: &[usize]) -> Result<()> {
+/// Puts the layers that a merge has made dense into 4 bits again, as they were; those that it left alone keep their codes.
+fn requantize(model: &mut CausalLm, in_4_bits: &[(usize, Nf4Options)]) -> Result<()> {
     for layer in model.linear_layers_mut()? {
-        if in_4_bits.contains(&layer.index) && layer.weight.as_nf4().is_none() {
-            layer.weight = Rc::new(Nf4Weight::quantize(&layer.weight.dense()?, Nf4Options::default())?);
+        let before = in_4_bits.iter().find(|(index, _)| *index == layer.index);
+        if let (Some((_, options)), None) = (before, layer.weight.as_nf4()) {
+            layer.weight = Rc::new(Nf4Weight::quantize(&layer.weight.dense()?, *options)?);
         }
     }
     Ok(())

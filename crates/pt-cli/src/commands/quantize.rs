@@ -24,8 +24,8 @@ pub(crate) struct Args {
     /// Format of the linear layers; embeddings, norms and the output layer keep --dtype (auto: the checkpoint's own, bf16 for GGUF files).
     #[arg(long, value_enum, default_value = "nf4")]
     to: Format,
-    /// Quantize the scales too: 4.13 instead of 4.5 bits a weight.
-    #[arg(long)]
+    /// Quantize the scales too, as --weights nf4 does: 4.13 instead of 4.5 bits a weight.
+    #[arg(long, default_value_t = true, action = clap::ArgAction::Set, num_args = 0..=1, default_missing_value = "true", require_equals = true)]
     double_quant: bool,
     /// Weights that share a scale: a power of two from 32 to 4096.
     #[arg(long, default_value_t = 64)]

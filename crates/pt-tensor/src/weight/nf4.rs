@@ -5,7 +5,7 @@ use std::rc::Rc;
 use pt_quant::dense::Output;
 use pt_quant::formats::bitsandbytes::{self, QuantState, SourceDtype};
 use pt_quant::{
-    AbsmaxBuf, Arithmetic, Block4, Block4Matrix, Block4Ref, BlockSize, Codebook, ProductOptions, ScaleFormat,
+    Absmax, AbsmaxBuf, Arithmetic, Block4, Block4Matrix, Block4Ref, BlockSize, Codebook, ProductOptions, ScaleFormat,
 };
 use tch::{Device, Kind, Tensor, no_grad};
 
@@ -16,19 +16,19 @@ use crate::pool::{exec, with_workspace};
 use crate::slices::{NewTensor, bf16s, f32s, u8s};
 use crate::{Result, TensorError};
 
-/// How a weight is quantized; the defaults are bitsandbytes'.
+/// How a weight is quantized. The defaults are QLoRA's, blocks of 64 and double quantization, and what `--weights nf4` means in every command: an
+/// adapter answers over the very weights that it was trained on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Nf4Options {
     /// Weights that share a scale: a power of two from 32 to 4096.
     pub block_size: usize,
-    /// Quantize the scales too, to 8 bits in blocks of 256: 4.127 instead of 4.5 bits a weight in files. In memory scales are f32 either way, so
-    /// this is for what is saved.
+    /// Quantize the scales too, to 8 bits in blocks of 256: 4.127 instead of 4.5 bits a weight, in files and in memory on the CPU.
     pub double_quant: bool,
 }
 
 impl Default for Nf4Options {
     fn default() -> Self {
-        Self { block_size: 64, double_quant: false }
+        Self { block_size: 64, double_quant: true }
     }
 }
 
@@ -85,7 +85,7 @@ impl Nf4Weight {
         let store = match device {
             Device::Cpu => {
                 let (rows, columns) = (size.0 as usize, size.1 as usize);
-                Store::Cpu(Rc::new(Block4Matrix::from_block4(weights, rows, columns, ScaleFormat::F32, &exec())?))
+                Store::Cpu(Rc::new(Block4Matrix::from_block4(weights, rows, columns, ScaleFormat::AsStored, &exec())?))
             }
             device => Store::Tensors(Tensors::new(weights, size, device)?),
         };
@@ -112,14 +112,29 @@ impl Nf4Weight {
         Self::new(loaded.weights.as_ref(), (out_features as i64, in_features as i64), kind, device).map(Some)
     }
 
-    /// Bytes that a 4-bit tensor of a checkpoint will take on the CPU at most: codes, and scales in f32 also where the file has them in 8 bits.
+    /// Bytes that a 4-bit tensor of a checkpoint will take on the CPU: codes and scales as the file has them.
     pub fn num_bytes_of(state: &QuantState) -> usize {
         let len: usize = state.shape.iter().product();
-        len.div_ceil(2) + 4 * state.block_size.num_blocks(len)
+        let num_scales = state.block_size.num_blocks(len);
+        let scales =
+            state.nested.map_or(4 * num_scales, |nested| num_scales + 4 * nested.block_size.num_blocks(num_scales));
+        len.div_ceil(2) + scales
+    }
+
+    /// How it was quantized: with these, its weights as [`dense`](Weight::dense) has them could be quantized again.
+    pub fn options(&self) -> Nf4Options {
+        match &self.store {
+            Store::Cpu(matrix) => {
+                Nf4Options { block_size: matrix.block_size().get(), double_quant: matrix.has_nested_scales() }
+            }
+            Store::Tensors(tensors) => {
+                Nf4Options { block_size: tensors.block_size as usize, double_quant: tensors.double_quant }
+            }
+        }
     }
 
     /// The tensors that bitsandbytes saves for the weight, called `name` there: as [`nf4_tensors`] gives them, of the very codes and scales that
-    /// it computes with (scales in f32).
+    /// it computes with (scales in f32 where it holds them so).
     ///
     /// # Errors
     /// [`TensorError::Quant`] for a codebook that bitsandbytes does not have.
@@ -323,6 +338,8 @@ struct Tensors {
     /// `[16]`, f32.
     codebook: Tensor,
     block_size: i64,
+    /// Whether the scales came in 8 bits.
+    double_quant: bool,
     size: (i64, i64),
 }
 
@@ -335,6 +352,7 @@ impl Tensors {
             absmax: Tensor::f_from_slice(&absmax)?.f_to_device(device)?,
             codebook: Tensor::f_from_slice(weights.codebook().values())?.f_to_device(device)?,
             block_size: weights.block_size().get() as i64,
+            double_quant: matches!(weights.absmax(), Absmax::Nested(_)),
             size,
         })
     }
@@ -461,6 +479,10 @@ mod tests {
             let read = Nf4Weight::read(&reader, "a.weight", kind, Device::Cpu).unwrap().unwrap();
             let want = Nf4Weight::quantize(&dense, options).unwrap();
             assert_eq!((read.size(), read.dense().unwrap()), ((48, 80), want.dense().unwrap()));
+            assert_eq!((read.options(), want.options()), (options, options));
+            // What is loaded is saved again as it was, scales in 8 bits too.
+            let again = read.tensors("a.weight").unwrap();
+            assert!(again.iter().zip(&tensors).all(|(again, first)| again == first));
             assert!(Nf4Weight::read(&reader, "b", kind, Device::Cpu).unwrap().is_none());
         }
     }
@@ -481,8 +503,12 @@ mod tests {
 
     #[test]
     fn it_takes_an_eighth_of_the_memory_of_f32() {
-        let weight = Nf4Weight::quantize(&draw(&[576, 576], Kind::Float), Nf4Options::default()).unwrap();
-        assert!(weight.num_bytes() * 7 < 4 * 576 * 576, "{}", weight.num_bytes());
+        let num_bytes = |double_quant| {
+            let options = Nf4Options { double_quant, ..Nf4Options::default() };
+            Nf4Weight::quantize(&draw(&[576, 576], Kind::Float), options).unwrap().num_bytes() as f64
+        };
+        assert_eq!(num_bytes(false), 0.5625 * 576.0 * 576.0);
+        assert!(num_bytes(true) < 0.516 * 576.0 * 576.0, "{}", num_bytes(true));
     }
 
     #[test]
