@@ -63,9 +63,9 @@ const TASKS: [(&str, &str, &str, &str); 9] = [
         "compare with the reference implementations' numbers",
         "Runs the tests whose names contain `golden_AREA`, or those of all areas. With --regenerate, makes the pinned\n\
          Python environment and writes the fixtures anew with fixtures/generate/<AREA>.py. Those are the areas.\n\
-         `golden interop` goes the other way: it makes the environment, and has PEFT and transformers load what `pt`\n\
-         wrote (adapters and merged models, tiny ones and SmolLM2's) and compare logits. Only when named: it takes\n\
-         minutes, and 3 GB of disk beside the environment.",
+         `golden interop` goes the other way: it makes the environments, and has PEFT, AdapterHub's package and\n\
+         transformers load what `pt` wrote (adapters and merged models, tiny ones and SmolLM2's) and compare logits.\n\
+         Only when named: it takes minutes, and 3 GB of disk beside the environments.",
     ),
     (
         "bench",

@@ -38,6 +38,9 @@ pub(crate) fn golden(area: Option<&str>, regenerate: bool) -> Result<()> {
 /// What `pt` writes, loaded by PEFT and transformers. Not an area: there is nothing to keep, and Python does the comparing.
 const INTEROP: &str = "interop";
 
+/// The same by AdapterHub's package, of bottleneck adapters.
+const INTEROP_ADAPTERS: &str = "interop_adapters";
+
 /// Has the tests write adapters and exports, tiny ones and those of the real model, and the pinned Python load them.
 fn interop(generators: &Path, regenerate: bool) -> Result<()> {
     if regenerate {
@@ -56,8 +59,13 @@ fn interop(generators: &Path, regenerate: bool) -> Result<()> {
     if run_counted(&mut command)? == 0 {
         bail!("no test ran: none has {} in its name", filter(INTEROP));
     }
-    let script = generators.join(format!("{INTEROP}.py"));
-    run(Command::new(&python).arg(script).arg(folder.path()).current_dir(workspace()).stdin(Stdio::null()))
+    let load = |python: &Path, script: &str| {
+        let script = generators.join(format!("{script}.py"));
+        run(Command::new(python).arg(script).arg(folder.path()).current_dir(workspace()).stdin(Stdio::null()))
+    };
+    load(&python, INTEROP)?;
+    let (environment, requirements) = environment_of("bottleneck");
+    load(&pinned_python(environment, &generators.join(requirements))?, INTEROP_ADAPTERS)
 }
 
 /// What the names of an area's tests contain; a test below sees to it that each area has some.
@@ -92,7 +100,7 @@ fn environment_of(area: &str) -> (&'static str, &'static str) {
 const READ_SMOLLM2: [&str; 3] = ["smollm2", "tokenizer", "dpo_train"];
 
 /// Modules that generators share, and what is no generator.
-const HELPERS: [&str; 2] = ["common", INTEROP];
+const HELPERS: [&str; 3] = ["common", INTEROP, INTEROP_ADAPTERS];
 
 /// The generators: every Python file of the folder but the helpers, `models` first, whose files others read.
 fn areas(folder: &Path) -> Result<Vec<String>> {
@@ -121,7 +129,7 @@ mod tests {
     #[test]
     fn areas_are_the_generators_without_their_helpers() {
         let folder = tempfile::tempdir().unwrap();
-        for name in ["models.py", "lora.py", "common.py", "interop.py", "requirements.txt"] {
+        for name in ["models.py", "lora.py", "common.py", "interop.py", "interop_adapters.py"] {
             fs::write(folder.path().join(name), "").unwrap();
         }
         let found = areas(folder.path()).unwrap();
