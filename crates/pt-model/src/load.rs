@@ -272,6 +272,9 @@ impl GgufTensors {
     }
 }
 
+/// Elements decoded at a time: enough for each of four threads to be worth starting.
+const PIECE: usize = 4 << 20;
+
 impl TensorSource for GgufTensors {
     fn path(&self) -> &Path {
         self.gguf.path()
@@ -301,8 +304,16 @@ impl TensorSource for GgufTensors {
                 TensorError::Shape { what: format!("tensor `{stored}`"), found: info.shape.clone(), expected }
             })?;
         }
-        let elements = self.gguf.dequantize_bytes(stored, info, &bytes)?;
-        let tensor = Tensor::f_from_slice(&elements)?.f_view(info.shape.as_slice())?;
+        // In pieces of whole blocks: the whole of an embedding in f32 would be the most that a 4-bit model ever takes.
+        let (block_size, block_bytes) = info.ggml_type.block();
+        let blocks = PIECE / block_size as usize;
+        let tensor = Tensor::f_empty(info.shape.as_slice(), (kind, Device::Cpu))?;
+        let (flat, mut start) = (tensor.f_view(-1)?, 0);
+        for bytes in bytes.chunks(blocks * block_bytes as usize) {
+            let elements = Tensor::f_from_slice(&self.gguf.dequantize_bytes(stored, info, bytes)?)?;
+            flat.f_narrow(0, start, elements.numel() as i64)?.f_copy_(&elements)?;
+            start += elements.numel() as i64;
+        }
         let tensor = if *layout == Layout::Transposed { tensor.f_t_copy()?.f_contiguous()? } else { tensor };
         Ok(tensor.f_to_kind(kind)?.f_to_device(device)?)
     }
