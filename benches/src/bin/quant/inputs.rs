@@ -37,7 +37,7 @@ pub(crate) fn block4(rows: usize, columns: usize, exec: &Exec<'_>) -> Result<Blo
     Ok(Block4::quantize(&weights(rows, columns), BlockSize::B64, Codebook::nf4(), exec)?)
 }
 
-/// A matrix for products, its copies for cold calls first made when asked for.
+/// A matrix for products and its copies for cold calls; scales as stored are doubly quantized ones.
 pub(crate) fn matrices(
     rows: usize,
     columns: usize,
@@ -46,6 +46,7 @@ pub(crate) fn matrices(
     exec: &Exec<'_>,
 ) -> Result<Vec<Block4Matrix>> {
     let block4 = block4(rows, columns, exec)?;
+    let block4 = if scales == ScaleFormat::AsStored { block4.double_quantize(exec)? } else { block4 };
     let matrix = Block4Matrix::from_block4(block4.as_ref(), rows, columns, scales, exec)?;
     Ok((0..copies).map(|_| matrix.clone()).collect())
 }

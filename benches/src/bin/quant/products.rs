@@ -55,18 +55,8 @@ fn forward<'a, T: Named>(
     m: usize,
     arithmetic: Arithmetic,
 ) -> Contest<'a> {
-    let exec = bench.exec();
     let (n, k) = (matrices[0].out_features(), matrices[0].in_features());
-    let x: Vec<T> = converted(&numbers(m * k, 1.0, 7));
-    let mut y: Vec<T> = converted(&vec![0.0; m * n]);
-    let (mut workspace, mut turn) = (Workspace::new(), 0);
-    let options = ProductOptions { arithmetic, bias: None, output: Output::Replace };
-    let call = move || {
-        turn += 1;
-        let matrix = &matrices[turn % matrices.len()];
-        let done = matrix.forward(&x, &mut y, m, &options, &mut workspace, &exec);
-        done.unwrap_or_else(|error| unreachable!("{error}"));
-    };
+    let call = forward_call::<T, _>(bench, matrices, m, arithmetic);
     let heat = match (m, matrices.len()) {
         (1, 1) => ", hot",
         (1, _) => ", cold",
@@ -77,6 +67,30 @@ fn forward<'a, T: Named>(
         .work("operations", 2.0 * (m * n * k) as f64)
         .work("bytes", matrices[0].num_bytes() as f64)
 }
+
+/// One product of the next matrix in turn.
+fn forward_call<'a, T: Named, M: AsRef<[Block4Matrix]> + 'a>(
+    bench: &Bench,
+    matrices: M,
+    m: usize,
+    arithmetic: Arithmetic,
+) -> impl FnMut() + use<'a, T, M> {
+    let exec = bench.exec();
+    let (n, k) = (matrices.as_ref()[0].out_features(), matrices.as_ref()[0].in_features());
+    let x: Vec<T> = converted(&numbers(m * k, 1.0, 7));
+    let mut y: Vec<T> = converted(&vec![0.0; m * n]);
+    let (mut workspace, mut turn) = (Workspace::new(), 0);
+    let options = ProductOptions { arithmetic, bias: None, output: Output::Replace };
+    move || {
+        turn += 1;
+        let matrices = matrices.as_ref();
+        let done = matrices[turn % matrices.len()].forward(&x, &mut y, m, &options, &mut workspace, &exec);
+        done.unwrap_or_else(|error| unreachable!("{error}"));
+    }
+}
+
+/// What a contest calls the same product with doubly quantized scales, which are decoded for each panel.
+const NESTED: &str = "the same with scales in 8 bits";
 
 fn some_matrices(bench: &Bench, n: usize, k: usize, is_cold: bool, scales: ScaleFormat) -> Result<Vec<Block4Matrix>> {
     matrices(n, k, if is_cold { cold_copies(n * k / 2) } else { 1 }, scales, &bench.exec())
@@ -113,11 +127,14 @@ fn read_roof(bench: &Bench, bytes: usize) -> impl FnMut() + 'static {
 
 fn gemv_f32(bench: &mut Bench, n: usize, k: usize, is_cold: bool) -> Result<()> {
     let matrices = some_matrices(bench, n, k, is_cold, ScaleFormat::F32)?;
+    let nested = some_matrices(bench, n, k, is_cold, ScaleFormat::AsStored)?;
+    let nested = forward_call::<f32, _>(bench, nested, 1, Arithmetic::F32);
     let roof = is_cold.then(|| read_roof(bench, matrices[0].num_bytes()));
     let llama = if is_cold { (Some(0.95), Some(1.15)) } else { (Some(1.0), Some(1.4)) };
     let mut contest = forward::<f32>(bench, (6, "product in f32"), &matrices, 1, Arithmetic::F32)
         .ggml("llama.cpp IQ4_NL", ggml("iq4_nl", n, k, 1, 0.5625, is_cold), llama)
         .torch("torch linear, dense f32", linear::<f32>(n, k, 1, is_cold), (Some(5.0), Some(8.0)));
+    contest = contest.here(NESTED, nested, NONE);
     if let Some(roof) = roof {
         contest = contest.here("reading the weights (roof)", roof, (Some(0.55), Some(0.65)));
     }
@@ -126,6 +143,8 @@ fn gemv_f32(bench: &mut Bench, n: usize, k: usize, is_cold: bool) -> Result<()> 
 
 fn gemv_bf16(bench: &mut Bench, n: usize, k: usize, is_cold: bool) -> Result<()> {
     let matrices = some_matrices(bench, n, k, is_cold, ScaleFormat::F32)?;
+    let nested = some_matrices(bench, n, k, is_cold, ScaleFormat::AsStored)?;
+    let nested = forward_call::<Bf16, _>(bench, nested, 1, Arithmetic::Bf16);
     let roof = is_cold.then(|| read_roof(bench, matrices[0].num_bytes()));
     let (bnb, llama) = match is_cold {
         true => ((Some(1.3), Some(1.75)), (Some(1.15), Some(1.4))),
@@ -135,6 +154,7 @@ fn gemv_bf16(bench: &mut Bench, n: usize, k: usize, is_cold: bool) -> Result<()>
         .torch("bitsandbytes' fused C function", fused(n, k, 1, is_cold), bnb)
         .ggml("llama.cpp IQ4_NL", ggml("iq4_nl", n, k, 1, 0.5625, is_cold), llama)
         .torch("torch linear, dense bf16", linear::<Bf16>(n, k, 1, is_cold), (Some(5.0), Some(7.0)));
+    contest = contest.here(NESTED, nested, NONE);
     if let Some(roof) = roof {
         contest = contest.here("reading the weights (roof)", roof, NONE);
     }
@@ -143,6 +163,8 @@ fn gemv_bf16(bench: &mut Bench, n: usize, k: usize, is_cold: bool) -> Result<()>
 
 fn gemv_int8(bench: &mut Bench, n: usize, k: usize, is_cold: bool) -> Result<()> {
     let matrices = some_matrices(bench, n, k, is_cold, ScaleFormat::F32)?;
+    let nested = some_matrices(bench, n, k, is_cold, ScaleFormat::AsStored)?;
+    let nested = forward_call::<f32, _>(bench, nested, 1, Arithmetic::Int8);
     let roof = is_cold.then(|| read_roof(bench, matrices[0].num_bytes()));
     let llama = if is_cold { (Some(1.3), Some(1.45)) } else { (Some(1.8), Some(2.3)) };
     let mut contest = forward::<f32>(bench, (8, "product in int8 (W4A8)"), &matrices, 1, Arithmetic::Int8).ggml(
@@ -150,6 +172,7 @@ fn gemv_int8(bench: &mut Bench, n: usize, k: usize, is_cold: bool) -> Result<()>
         ggml("iq4_nl", n, k, 1, 0.5625, is_cold),
         llama,
     );
+    contest = contest.here(NESTED, nested, NONE);
     if let Some(roof) = roof {
         contest = contest.here("reading the weights (roof)", roof, (None, Some(0.85)));
     }
@@ -189,10 +212,13 @@ fn few_bf16(bench: &mut Bench, m: usize) -> Result<()> {
     let (n, k) = SHAPES[0];
     let roof = multiply_roof::<Bf16>(bench, 2 * m * n * k);
     let matrices = some_matrices(bench, n, k, false, ScaleFormat::F32)?;
+    let nested = some_matrices(bench, n, k, false, ScaleFormat::AsStored)?;
+    let nested = forward_call::<Bf16, _>(bench, nested, m, Arithmetic::Bf16);
     forward::<Bf16>(bench, (10, "product in bf16"), &matrices, m, Arithmetic::Bf16)
         .torch("bitsandbytes' fused C function", fused(n, k, m, false), at_8(m, (Some(1.0), Some(1.4))))
         .torch("torch linear, dense bf16", linear::<Bf16>(n, k, m, false), at_8(m, (Some(1.9), Some(3.0))))
         .ggml("llama.cpp IQ4_NL", ggml("iq4_nl", n, k, m, 0.5625, false), NONE)
+        .here(NESTED, nested, NONE)
         .here(MULTIPLY, roof, NONE)
         .run()
 }
@@ -206,6 +232,8 @@ fn many_f32(bench: &mut Bench) -> Result<()> {
     let ((n, k), m) = (SHAPES[0], 128);
     let roof = multiply_roof::<f32>(bench, 2 * m * n * k);
     let matrices = some_matrices(bench, n, k, false, ScaleFormat::F32)?;
+    let nested = some_matrices(bench, n, k, false, ScaleFormat::AsStored)?;
+    let nested = forward_call::<f32, _>(bench, nested, m, Arithmetic::F32);
     forward::<f32>(bench, (11, "product in f32"), &matrices, m, Arithmetic::F32)
         .torch("torch linear, dense f32", linear::<f32>(n, k, m, false), (Some(1.8), Some(2.3)))
         .torch(
@@ -214,6 +242,7 @@ fn many_f32(bench: &mut Bench) -> Result<()> {
             (Some(2.5), Some(4.0)),
         )
         .torch("oneDNN, dense f32, rearranged beforehand", packed::<f32>(n, k, m), NONE)
+        .here(NESTED, nested, NONE)
         .here(MULTIPLY, roof, NONE)
         .run()
 }
@@ -222,11 +251,14 @@ fn many_bf16(bench: &mut Bench) -> Result<()> {
     let ((n, k), m) = (SHAPES[0], 128);
     let roof = multiply_roof::<Bf16>(bench, 2 * m * n * k);
     let matrices = some_matrices(bench, n, k, false, ScaleFormat::F32)?;
+    let nested = some_matrices(bench, n, k, false, ScaleFormat::AsStored)?;
+    let nested = forward_call::<Bf16, _>(bench, nested, m, Arithmetic::Bf16);
     forward::<Bf16>(bench, (11, "product in bf16"), &matrices, m, Arithmetic::Bf16)
         .torch("torch linear, dense bf16", linear::<Bf16>(n, k, m, false), (Some(0.9), Some(1.05)))
         .torch("bitsandbytes' fused C function", fused(n, k, m, false), (Some(1.15), Some(1.35)))
         .torch("oneDNN, dense bf16, rearranged beforehand", packed::<Bf16>(n, k, m), NONE)
         .ggml("llama.cpp IQ4_NL", ggml("iq4_nl", n, k, m, 0.5625, false), NONE)
+        .here(NESTED, nested, NONE)
         .here(MULTIPLY, roof, NONE)
         .run()
 }
@@ -234,17 +266,20 @@ fn many_bf16(bench: &mut Bench) -> Result<()> {
 fn backward<T: Named + Element>(bench: &mut Bench, m: usize) -> Result<()> {
     let (n, k) = SHAPES[0];
     let exec = bench.exec();
-    let matrix = &matrices(n, k, 1, ScaleFormat::F32, &exec)?[0];
     let arithmetic = if T::NAME == "f32" { Arithmetic::F32 } else { Arithmetic::Bf16 };
-    let grad: Vec<T> = converted(&numbers(m * n, 1.0, 7));
-    let mut out: Vec<T> = converted(&vec![0.0; m * k]);
     let roof = multiply_roof::<T>(bench, 2 * m * n * k);
     let options = ProductOptions { arithmetic, bias: None, output: Output::Replace };
-    let mut workspace = Workspace::new();
-    let call = || {
-        let done = matrix.backward(&grad, &mut out, m, &options, &mut workspace, &exec);
-        done.unwrap_or_else(|error| unreachable!("{error}"));
+    let call_with = |scales| -> Result<_> {
+        let matrices = matrices(n, k, 1, scales, &exec)?;
+        let grad: Vec<T> = converted(&numbers(m * n, 1.0, 7));
+        let mut out: Vec<T> = converted(&vec![0.0; m * k]);
+        let mut workspace = Workspace::new();
+        Ok(move || {
+            let done = matrices[0].backward(&grad, &mut out, m, &options, &mut workspace, &exec);
+            done.unwrap_or_else(|error| unreachable!("{error}"));
+        })
     };
+    let (call, nested) = (call_with(ScaleFormat::F32)?, call_with(ScaleFormat::AsStored)?);
     let targets = match m {
         8 => (Some(8.0), Some(15.0)),
         128 => (Some(2.0), Some(3.5)),
@@ -258,6 +293,7 @@ fn backward<T: Named + Element>(bench: &mut Bench, m: usize) -> Result<()> {
             json!({"kind": "matmul_backward", "dtype": T::NAME, "n": n, "k": k, "m": m}),
             targets,
         )
+        .here(NESTED, nested, NONE)
         .here(MULTIPLY, roof, NONE)
         .run()
 }
