@@ -9,5 +9,5 @@ mod models;
 mod record;
 
 #[cfg(feature = "models")]
-pub use models::{matmul_roof, model_path, peer_model, process_age, rows, step_flops};
+pub use models::{matmul_roof, model_path, pairs, peer_model, process_age, rows, step_flops};
 pub use record::{Record, cpu_name, date, json_of, llama_cpp_python, median, medians, ratios};

@@ -34,6 +34,19 @@ pub fn rows(count: usize) -> Vec<PromptGroup> {
         .collect()
 }
 
+/// `count` preference pairs: two completions of about 110 tokens (±50 %) after a prompt of about `prompt_ratio` times
+/// that, the same on every machine.
+pub fn pairs(count: usize, prompt_ratio: usize) -> Vec<PromptGroup> {
+    let rows = rows(count * (prompt_ratio + 1));
+    let pair = |rows: &[PromptGroup]| {
+        // A row brings a prompt and a completion of such a length each: one of them gives the sides, the others the prompt.
+        let (sides, prompts) = (&rows[0], &rows[1..]);
+        let completions = vec![Completion::new(sides.prompt.clone()), sides.completions[0].clone()];
+        PromptGroup { prompt: prompts.iter().flat_map(|row| row.prompt.clone()).collect(), completions }
+    };
+    rows.chunks(prompt_ratio + 1).map(pair).collect()
+}
+
 /// GFLOP/s of libtorch's products at the model's own linear shapes, forward and backward to the input, weighted as
 /// a step weights them: the roof that a step is held against.
 pub fn matmul_roof(config: &ModelConfig, tokens: i64, kind: Kind) -> f64 {

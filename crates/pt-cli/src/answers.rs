@@ -4,7 +4,7 @@ use crate::commands::generate::{prompt_ids, split_last_answer};
 use crate::talk;
 use anyhow::Result;
 use pt_model::{CausalLm, GenerateConfig, Message, Sites, check_prompt, generate};
-use pt_train::data::{Encode, Row, RowContent, Text};
+use pt_train::data::{Encode, Judgement, Row, RowContent, Text};
 use pt_train::encoder::ModelEncoder;
 use std::rc::Rc;
 
@@ -48,6 +48,13 @@ fn texts(content: &RowContent) -> Option<(String, String)> {
             Some((last(before)?, answer?.content.as_str().to_string()))
         }
         RowContent::Completion { prompt, completion, .. } => Some((shown(prompt)?, shown(completion)?)),
+        RowContent::Preference { prompt: Some(prompt), completions, judgement, .. } => {
+            let best = match judgement {
+                Judgement::Ranks { ranks, .. } => ranks.iter().position(|rank| *rank == 0)?,
+                Judgement::Labels(labels) => labels.iter().position(|is_desirable| *is_desirable)?,
+            };
+            Some((shown(prompt)?, shown(&completions[best])?))
+        }
         _ => None,
     }
 }

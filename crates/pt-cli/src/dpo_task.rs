@@ -34,15 +34,21 @@ impl Task for DpoTask {
     const COMMAND: &'static str = "dpo";
     const ROWS: &'static str = "`chosen`, `rejected`, optional `prompt`, `margin`, `weight`; `completions` with `ranks` \
                                 or `scores`, optional `prompt`, `weight`; for kto `prompt`, `completion`, `label`";
+    const TAKES_LABELS: bool = true;
     const TITLE: &'static str = "Preference training";
     const LOSS_UNIT: &'static str = "nats/pair";
 
     fn check(
         rows: &[Row],
         eval_rows: &[Row],
+        pretrained: &Pretrained,
         encoder: &ModelEncoder<'_>,
         config: &TrainConfig<DpoConfig>,
     ) -> Result<Checked<DpoExample>> {
+        let settings = &config.objective.reference;
+        // Before a run stands or anything is loaded.
+        settings.model.as_deref().map_or(Ok(()), |name| find_reference(name, pretrained).map(drop))?;
+        settings.adapter.as_deref().map_or(Ok(()), |folder| adapter_folder(folder).map(drop))?;
         let loss = &config.objective.loss;
         let (train, table) = checked("training", rows, encoder, &config.data, loss, true)?;
         let mut tables = vec![table];
@@ -117,7 +123,7 @@ fn reference(
         }
     };
     if let Some(name) = &settings.model {
-        let other = open_reference(job, name, pretrained)?;
+        let other = CausalLm::load(&find_reference(name, pretrained)?, job.device, job.kind)?;
         let sites = adapter(&other)?;
         return Ok(Reference::Model(Box::new(other), sites));
     }
@@ -216,7 +222,7 @@ fn check_reference(
 }
 
 /// Another model as the reference: it has to read the policy's tokens.
-fn open_reference(job: &Job<DpoTask>, name: &str, policy: &Pretrained) -> Result<CausalLm> {
+fn find_reference(name: &str, policy: &Pretrained) -> Result<Pretrained> {
     let flags = ModelArgs { model: name.into(), adapter: None, device: String::new(), dtype: String::new() };
     let pretrained = Pretrained::open(flags.path()?)?;
     let words = |pretrained: &Pretrained| {
@@ -237,7 +243,7 @@ fn open_reference(job: &Job<DpoTask>, name: &str, policy: &Pretrained) -> Result
         }
         .into());
     }
-    Ok(CausalLm::load(&pretrained, job.device, job.kind)?)
+    Ok(pretrained)
 }
 
 /// Share of other rows' pairs that the trained policy tells apart, held to the model without its adapter.

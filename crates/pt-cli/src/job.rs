@@ -108,7 +108,7 @@ impl<T: Task> Job<T> {
             )));
         }
         eprintln!("checking {} rows", self.rows.len() + self.eval_rows.len());
-        T::check(&self.rows, &self.eval_rows, &encoder, &self.config)
+        T::check(&self.rows, &self.eval_rows, pretrained, &encoder, &self.config)
     }
 
     /// Trains and saves the adapter (or the model) under `output`.
@@ -188,17 +188,8 @@ impl<T: Task> Job<T> {
         let trained =
             Trained { model, sites: sites.clone(), parameters, lr_factor: Box::new(lr_factor), save: Box::new(save) };
         let outcome = interrupts::while_training(|stop| {
-            let (rows, eval_rows) = (train.examples, &eval.examples);
-            pt_train::train::train(
-                &trained,
-                objective.as_mut(),
-                rows,
-                eval_rows,
-                &self.config,
-                &run,
-                stop,
-                &mut progress,
-            )
+            let rows = (train.examples, &eval.examples[..]);
+            pt_train::train::train(&trained, objective.as_mut(), rows, &self.config, &run, stop, &mut progress)
         })?;
         progress.finish();
         progress.kept.take().transpose()?;

@@ -27,6 +27,8 @@ pub(crate) trait Task: Sized {
     const COMMAND: &'static str;
     /// The forms of its rows, for `--help`.
     const ROWS: &'static str;
+    /// Whether a field `label` of its rows is a judgement.
+    const TAKES_LABELS: bool;
     /// Title of the report.
     const TITLE: &'static str;
     /// What its loss counts.
@@ -36,6 +38,7 @@ pub(crate) trait Task: Sized {
     fn check(
         rows: &[Row],
         eval_rows: &[Row],
+        pretrained: &Pretrained,
         encoder: &ModelEncoder<'_>,
         config: &TrainConfig<Self::Settings>,
     ) -> Result<Checked<Self::Example>>;
@@ -76,12 +79,14 @@ impl Task for SftTask {
     type Example = PromptGroup;
     const COMMAND: &'static str = "sft";
     const ROWS: &'static str = "`messages`; `prompt`, `completion`; `instruction`, `input`, `output`; or `text`";
+    const TAKES_LABELS: bool = false;
     const TITLE: &'static str = "Supervised fine-tuning";
     const LOSS_UNIT: &'static str = "nats/token";
 
     fn check(
         rows: &[Row],
         eval_rows: &[Row],
+        _pretrained: &Pretrained,
         encoder: &ModelEncoder<'_>,
         config: &SftConfig,
     ) -> Result<Checked<PromptGroup>> {

@@ -12,7 +12,7 @@ use pt_model::{CausalLm, Pretrained};
 use pt_peft::{Method, MethodConfig};
 use pt_tensor::parse_kind;
 use pt_train::config::{fields_text, load_config, parse_set, to_commented_yaml, to_yaml};
-use pt_train::data::read_rows;
+use pt_train::data::{ReadOptions, read_rows};
 use pt_train::run_dir::RunDir;
 use pt_train::settings::{ObjectiveConfig, TrainConfig};
 use pt_train::train::{Ending, Standing, standing};
@@ -129,6 +129,7 @@ pub(crate) fn run<T: Task>(args: TrainArgs, task: T) -> Result<ExitCode> {
             agreed("--dtype", named, kept, &output)?.unwrap_or(auto).into()
         }
     };
+    let reading = ReadOptions { preferences: T::TAKES_LABELS, ..config.data.read_options() };
     let paths = |texts: &[String]| texts.iter().map(PathBuf::from).collect::<Vec<_>>();
     let job = Job {
         task,
@@ -136,10 +137,10 @@ pub(crate) fn run<T: Task>(args: TrainArgs, task: T) -> Result<ExitCode> {
         adapter: flags.adapter.clone(),
         device,
         kind: parse_kind(&command.dtype)?.kind(device),
-        rows: read_rows(&paths(&command.data), &config.data.read_options())?,
+        rows: read_rows(&paths(&command.data), &reading)?,
         eval_rows: match command.eval_data.is_empty() {
             true => vec![],
-            false => read_rows(&paths(&command.eval_data), &config.data.read_options())?,
+            false => read_rows(&paths(&command.eval_data), &reading)?,
         },
         config,
         again: format!("pt {} --resume --output {}", T::COMMAND, output.display()),

@@ -47,7 +47,7 @@ impl PolicyCopy {
         let put = |values: &[Tensor]| {
             no_grad(|| {
                 self.trained.iter().zip(values).for_each(|((_, tensor), value)| {
-                    let _ = tensor.shallow_clone().copy_(value);
+                    tensor.shallow_clone().copy_(value);
                 });
             });
         };
@@ -65,7 +65,7 @@ impl PolicyCopy {
         no_grad(|| {
             for ((_, tensor), value) in self.trained.iter().zip(&mut self.values) {
                 let moved = tensor.detach() * self.sync_mixup + &*value * (1.0 - self.sync_mixup);
-                let _ = value.copy_(&moved);
+                value.copy_(&moved);
             }
         });
     }

@@ -174,7 +174,7 @@ impl TrainerState {
     }
 }
 
-/// Trains for an objective in `run`, from its latest checkpoint where there is one.
+/// Trains for an objective on `(examples, eval_examples)` in `run`, from its latest checkpoint where there is one.
 ///
 /// N steps, a stop, and N more steps equal 2N steps bit for bit on one machine: a checkpoint holds parameters,
 /// optimizer, the place in the data and the random state. `stop` is looked at after each step.
@@ -185,8 +185,7 @@ impl TrainerState {
 pub fn train<E: Example, O: ObjectiveConfig>(
     trained: &Trained<'_>,
     objective: &mut dyn Objective<Example = E>,
-    examples: Vec<E>,
-    eval_examples: &[E],
+    (examples, eval_examples): (Vec<E>, &[E]),
     config: &TrainConfig<O>,
     run: &RunDir,
     stop: &AtomicBool,

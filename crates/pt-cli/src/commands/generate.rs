@@ -127,8 +127,10 @@ pub(crate) fn prompt_ids(row: &Row, encoder: &dyn Encode) -> Result<Vec<i64>> {
     match &row.content {
         RowContent::Chat { messages, tools } => chat(split_last_answer(messages).0, tools.as_ref()),
         RowContent::Completion { prompt: Text::Chat(messages), tools, .. }
+        | RowContent::Preference { prompt: Some(Text::Chat(messages)), tools, .. }
         | RowContent::Prompt { prompt: Text::Chat(messages), tools } => chat(messages, tools.as_ref()),
         RowContent::Completion { prompt: Text::Plain(text), .. }
+        | RowContent::Preference { prompt: Some(Text::Plain(text)), .. }
         | RowContent::Prompt { prompt: Text::Plain(text), .. }
         | RowContent::Text(text) => {
             let ids = encoder.encode(text).map_err(anyhow::Error::msg).with_context(place)?;

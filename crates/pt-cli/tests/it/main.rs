@@ -6,6 +6,7 @@ mod bad_input;
 mod commands;
 mod common;
 mod delta;
+mod dpo;
 mod interop;
 #[cfg(unix)]
 mod interruptions;

@@ -90,7 +90,7 @@ impl Setup {
         let stop = AtomicBool::new(false);
         let mut recorder = Recorder { records: vec![], stop_after, stop: &stop };
         let mut objective = Dpo::new(config.objective.loss.clone(), reference).unwrap();
-        let outcome = train(&trained, &mut objective, rows, eval_rows, config, run, &stop, &mut recorder).unwrap();
+        let outcome = train(&trained, &mut objective, (rows, eval_rows), config, run, &stop, &mut recorder).unwrap();
         (outcome, recorder.records)
     }
 }

@@ -35,7 +35,7 @@ fn setup() -> Setup {
         let size = value.size();
         let count: i64 = size.iter().product();
         let ramp = Tensor::arange(count, (Kind::Float, Device::Cpu)).view(&size[..]).sin() * 0.05;
-        let _ = no_grad(|| value.shallow_clone().copy_(&ramp));
+        no_grad(|| value.shallow_clone().copy_(&ramp));
         assert!(value.requires_grad(), "{name}");
     }
     setup

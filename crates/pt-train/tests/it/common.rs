@@ -119,7 +119,7 @@ impl Setup {
         let stop = AtomicBool::new(false);
         let mut recorder = Recorder { records: vec![], stop_after, stop: &stop };
         let outcome =
-            train(&trained, &mut config.objective.clone(), rows, eval_rows, config, run, &stop, &mut recorder);
+            train(&trained, &mut config.objective.clone(), (rows, eval_rows), config, run, &stop, &mut recorder);
         (outcome, recorder.records)
     }
 }

@@ -13,7 +13,7 @@ pub(super) struct Args {
     #[command(flatten)]
     run: RunArgs,
     /// Pairs to train on.
-    #[arg(long, default_value_t = 480)]
+    #[arg(long, default_value_t = 320)]
     train_rows: usize,
     /// Held-out pairs, on other passages.
     #[arg(long, default_value_t = 100)]
@@ -53,7 +53,7 @@ pub(super) fn run(args: Args) -> Result<ExitCode> {
         own.extend(after.map(|after| format!("{label}{} % of the held-out ones", percent(after))));
     }
     if let Some(path) = &args.test_data {
-        let rows = read_rows(&[path.clone()], &done.job.config.data.read_options())?;
+        let rows = read_rows(std::slice::from_ref(path), &done.job.config.data.read_options())?;
         let accuracy = accuracy_on(&done.job, &done.pretrained, &done.model, &done.finished.sites, &rows)?;
         own.push(format!("pairs told apart{} % of {}", percent(accuracy), path.display()));
     }
