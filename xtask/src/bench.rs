@@ -15,6 +15,9 @@ use crate::setup::{self, Libtorch};
 /// The suite of `pt-quant`, which needs neither libtorch nor a model.
 const BARE_SUITE: &str = "quant";
 
+/// The suite that measures a larger model as well.
+const QLORA_SUITE: &str = "qlora";
+
 /// Runs each suite (all of them when none is named); `extra` goes to every one.
 pub(crate) fn bench(suites: &[String], peers: bool, extra: &[String]) -> Result<()> {
     let known = known_suites()?;
@@ -27,11 +30,19 @@ pub(crate) fn bench(suites: &[String], peers: bool, extra: &[String]) -> Result<
         true => (Libtorch::User, None),
         false => (setup::setup()?, Some(fetch::one("smollm2-135m-instruct")?)),
     };
+    let larger = match suites.iter().any(|suite| suite == QLORA_SUITE) {
+        true => Some(fetch::one("qwen2.5-coder-1.5b-instruct")?),
+        false => None,
+    };
     let python = match peers {
         true => Some(pinned_python("venv-peers", &workspace().join("benches/peers/requirements.txt"))?),
         false => None,
     };
-    let llama_cpp = if peers && suites.iter().any(|suite| suite != "sft") { llama_cpp_or_reason() } else { None };
+    let llama_cpp = if peers && suites.iter().any(|suite| !["sft", QLORA_SUITE].contains(&suite.as_str())) {
+        llama_cpp_or_reason()
+    } else {
+        None
+    };
 
     let features: &[&str] = if is_bare { &["--no-default-features"] } else { &[] };
     // Built first and all together, so that no compiler runs beside a measurement.
@@ -42,7 +53,9 @@ pub(crate) fn bench(suites: &[String], peers: bool, extra: &[String]) -> Result<
         if let Some(python) = &python {
             command.arg("--peers").arg(python);
         }
-        for (name, value) in [("PT_TEST_MODEL", &model), ("PT_LLAMA_CPP_PYTHON", &llama_cpp)] {
+        for (name, value) in
+            [("PT_TEST_MODEL", &model), ("PT_QLORA_MODEL", &larger), ("PT_LLAMA_CPP_PYTHON", &llama_cpp)]
+        {
             if let Some(value) = value {
                 command.env(name, value);
             }
