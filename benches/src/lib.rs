@@ -7,7 +7,11 @@
 #[cfg(feature = "models")]
 mod models;
 mod record;
+#[cfg(feature = "models")]
+mod squad;
 
 #[cfg(feature = "models")]
 pub use models::{matmul_roof, model_path, pairs, peer_model, process_age, rows, step_flops};
 pub use record::{Record, cpu_name, date, json_of, llama_cpp_python, median, medians, ratios};
+#[cfg(feature = "models")]
+pub use squad::{Part, answer_rows};

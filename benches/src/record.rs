@@ -53,6 +53,35 @@ impl Record {
         Ok(record)
     }
 
+    /// Today's record of the suite, or the one at `path`, to go on with: what it holds stays.
+    ///
+    /// # Errors
+    /// When it cannot be read, or was measured with other settings or on another processor.
+    pub fn resume(suite: &str, setting: Value, path: Option<&Path>) -> Result<Self> {
+        let mut record = Self::new(suite, setting)?;
+        record.path = path.map_or(record.path, Path::to_path_buf);
+        if !record.path.exists() {
+            return Ok(record);
+        }
+        let place = record.path.display();
+        let text = std::fs::read_to_string(&record.path).with_context(|| format!("cannot read {place}"))?;
+        let lines: Vec<Value> = text.lines().map(serde_json::from_str).collect::<Result<_, _>>()?;
+        let without_date = |line: &Value| {
+            let fields = line.as_object().into_iter().flatten().filter(|(name, _)| *name != "date");
+            fields.map(|(name, value)| (name.clone(), value.clone())).collect::<Vec<_>>()
+        };
+        if lines.first().map(without_date) != record.lines.first().map(without_date) {
+            bail!("{place} was measured with other settings: move it away to measure anew");
+        }
+        record.lines = lines;
+        Ok(record)
+    }
+
+    /// What it holds.
+    pub fn lines(&self) -> &[Value] {
+        &self.lines
+    }
+
     /// Where it will be written.
     pub fn path(&self) -> &Path {
         &self.path
@@ -69,11 +98,23 @@ impl Record {
     /// # Errors
     /// When the folder cannot be written.
     pub fn save(self) -> Result<()> {
-        std::fs::create_dir_all(self.path.parent().context("records have no folder")?)?;
-        let text: String = self.lines.iter().map(|line| format!("{line}\n")).collect();
-        std::fs::write(&self.path, text).with_context(|| format!("cannot write {}", self.path.display()))?;
+        self.keep()?;
         println!("written to {}", self.path.display());
         Ok(())
+    }
+
+    /// Writes what there is so far.
+    ///
+    /// # Errors
+    /// When the folder cannot be written.
+    pub fn keep(&self) -> Result<()> {
+        std::fs::create_dir_all(self.path.parent().context("records have no folder")?)?;
+        let text: String = self.lines.iter().map(|line| format!("{line}\n")).collect();
+        // Whole or not at all: a killed run must not lose what it has.
+        let next = self.path.with_extension("jsonl.tmp");
+        std::fs::write(&next, text)
+            .and_then(|()| std::fs::rename(&next, &self.path))
+            .with_context(|| format!("cannot write {}", self.path.display()))
     }
 }
 

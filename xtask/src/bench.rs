@@ -9,6 +9,7 @@ use anyhow::{Context, Result, bail};
 use serde_json::Value;
 
 use crate::fetch;
+use crate::golden::adapter_hub;
 use crate::process::{cargo, pinned_python, pinned_python_by, run, workspace};
 use crate::setup::{self, Libtorch};
 
@@ -17,6 +18,9 @@ const BARE_SUITE: &str = "quant";
 
 /// The suite that measures a larger model as well.
 const QLORA_SUITE: &str = "qlora";
+
+/// Suites whose peers do not include llama.cpp.
+const WITHOUT_LLAMA_CPP: [&str; 4] = ["sft", "dpo", "peft", QLORA_SUITE];
 
 /// Runs each suite (all of them when none is named); `extra` goes to every one.
 pub(crate) fn bench(suites: &[String], peers: bool, extra: &[String]) -> Result<()> {
@@ -38,10 +42,13 @@ pub(crate) fn bench(suites: &[String], peers: bool, extra: &[String]) -> Result<
         true => Some(pinned_python("venv-peers", &workspace().join("benches/peers/requirements.txt"))?),
         false => None,
     };
-    let llama_cpp = if peers && suites.iter().any(|suite| !["sft", QLORA_SUITE].contains(&suite.as_str())) {
-        llama_cpp_or_reason()
-    } else {
-        None
+    let has_llama_cpp = suites.iter().any(|suite| !WITHOUT_LLAMA_CPP.contains(&suite.as_str()));
+    let llama_cpp = if peers && has_llama_cpp { llama_cpp_or_reason() } else { None };
+    let is_of_methods = suites.iter().any(|suite| suite == "peft");
+    let squad = if is_of_methods { Some(fetch::one("squad")?) } else { None };
+    let adapters = match peers && is_of_methods {
+        true => Some(adapter_hub()?),
+        false => None,
     };
 
     let features: &[&str] = if is_bare { &["--no-default-features"] } else { &[] };
@@ -53,9 +60,14 @@ pub(crate) fn bench(suites: &[String], peers: bool, extra: &[String]) -> Result<
         if let Some(python) = &python {
             command.arg("--peers").arg(python);
         }
-        for (name, value) in
-            [("PT_TEST_MODEL", &model), ("PT_QLORA_MODEL", &larger), ("PT_LLAMA_CPP_PYTHON", &llama_cpp)]
-        {
+        let variables = [
+            ("PT_TEST_MODEL", &model),
+            ("PT_QLORA_MODEL", &larger),
+            ("PT_LLAMA_CPP_PYTHON", &llama_cpp),
+            ("PT_SQUAD", &squad),
+            ("PT_ADAPTERS_PYTHON", &adapters),
+        ];
+        for (name, value) in variables {
             if let Some(value) = value {
                 command.env(name, value);
             }

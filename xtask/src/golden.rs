@@ -1,7 +1,7 @@
 //! `cargo xtask golden`: our numbers against those of the reference implementations, and writing the latter anew.
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, bail};
@@ -86,6 +86,12 @@ fn write_fixtures(generators: &Path, chosen: &[String]) -> Result<()> {
     }
     eprintln!("fixtures are written; `cargo xtask golden` compares with them");
     Ok(())
+}
+
+/// The Python that has AdapterHub's package.
+pub(crate) fn adapter_hub() -> Result<PathBuf> {
+    let (environment, requirements) = environment_of("bottleneck");
+    pinned_python(environment, &workspace().join("fixtures/generate").join(requirements))
 }
 
 /// The Python environment of a generator, and the list of its packages: AdapterHub's package pins an older transformers.
