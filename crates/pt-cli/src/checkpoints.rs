@@ -1,6 +1,7 @@
 //! Checkpoints of a run and the adapter to use, found without opening the run: a live trainer may be writing there, and
 //! opening it sweeps away what is half written.
 
+use crate::run_command::RunCommand;
 use crate::talk::Refused;
 use anyhow::Result;
 use pt_train::run_dir::Best;
@@ -60,7 +61,7 @@ pub(crate) fn adapter_folder(path: &Path) -> Result<PathBuf> {
     let Some(checkpoint) = (if is_run { checkpoints.chosen() } else { Some(path.to_path_buf()) }) else {
         return Err(refused(
             "this run has saved no checkpoint yet".into(),
-            format!("train it further: pt sft --resume --output {}", path.display()),
+            format!("train it further: {}", RunCommand::load(path)?.unwrap_or_default().resume(path)),
         )
         .into());
     };
@@ -83,7 +84,7 @@ pub(crate) fn adapter_folder(path: &Path) -> Result<PathBuf> {
     }
     Err(refused(
         "holds no adapter_config.json, so no adapter".into(),
-        "--adapter takes a folder in PEFT's format, or a run of `pt sft`, whose best checkpoint it then takes".into(),
+        "--adapter takes a folder in PEFT's format, or a run of `pt sft` or `pt dpo`, whose best checkpoint it then takes".into(),
     )
     .into())
 }

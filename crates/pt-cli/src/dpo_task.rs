@@ -11,13 +11,12 @@ use pt_dpo::{
 };
 use pt_model::{Bare, CausalLm, Pretrained, RunOptions, Sites};
 use pt_peft::load_adapter;
-use pt_train::data::{DataConfig, Judgement, PreferenceGroup, Row, preference_preflight};
+use pt_train::data::{DataConfig, Judgement, PreferenceGroup, Row, preference_preflight, prompt_overlap};
 use pt_train::encoder::ModelEncoder;
-use pt_train::objective::{Example as _, Objective, Pass, evaluate};
+use pt_train::objective::{Objective, Pass, evaluate};
 use pt_train::report::DataTable;
 use pt_train::run_dir::RunDir;
 use pt_train::settings::TrainConfig;
-use std::collections::HashSet;
 use std::rc::Rc;
 
 /// Where a run keeps the reference's log-probs.
@@ -55,8 +54,7 @@ impl Task for DpoTask {
         let mut eval = CheckedRows { examples: vec![], row_of_example: vec![] };
         if !eval_rows.is_empty() {
             let (checked, table) = checked("held out", eval_rows, encoder, &config.data, loss, false)?;
-            let prompts: HashSet<&[i64]> = train.examples.iter().map(|row| &row.group().prompt[..]).collect();
-            let shared = checked.examples.iter().filter(|row| prompts.contains(&row.group().prompt[..])).count();
+            let shared = prompt_overlap(&train.examples, &checked.examples);
             if shared > 0 {
                 eprintln!("warning: {shared} held-out rows have a prompt that stands in the training data too");
             }

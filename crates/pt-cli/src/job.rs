@@ -14,7 +14,7 @@ use pt_tensor::{Device, Kind, Tensor};
 use pt_train::config::{flatten, to_yaml};
 use pt_train::data::Row;
 use pt_train::encoder::ModelEncoder;
-use pt_train::metrics::{names, read_series};
+use pt_train::metrics::{Series, names, read_series};
 use pt_train::objective::{Evaluation, Objective, Pass, evaluate};
 use pt_train::report::{Better, DataTable, Headline, Report, Sample};
 use pt_train::run_dir::{Best, RunDir, write_atomic};
@@ -315,9 +315,15 @@ impl Answered {
 }
 
 impl Finished {
-    /// A number of the last evaluation.
-    pub(crate) fn value(&self, name: &str) -> Option<f64> {
-        self.outcome.evaluation.as_ref()?.value(name)
+    /// Held-out numbers of the checkpoint that is handed on, by the name of their metric.
+    pub(crate) fn held_out(&self) -> Result<BTreeMap<String, f64>> {
+        let step = self.best.as_ref().map(|best| best.step);
+        let series = read_series(&self.run.metrics_path())?;
+        let of_step = |(name, points): (&String, &Series)| {
+            let at = points.iter().find(|(at, _)| Some(*at) == step).or(points.last())?;
+            Some((name.strip_prefix("eval_")?.to_string(), at.1))
+        };
+        Ok(series.iter().filter_map(of_step).collect())
     }
 
     /// Writes report.html, with more numbers and samples where a caller has them.
@@ -336,10 +342,9 @@ impl Finished {
                 better: Better::Lower,
             });
         }
-        let shares = self.outcome.evaluation.iter().flat_map(|evaluation| &evaluation.values);
-        for (name, after) in shares.filter(|(name, _)| name.contains("accurac")) {
+        for (name, after) in self.held_out()?.into_iter().filter(|(name, _)| name.contains("accurac")) {
             // Rewards before training are differences of equal numbers: nothing is told apart.
-            let before = self.before.get(*name).filter(|before| **before > 0.0);
+            let before = self.before.get(&name).filter(|before| **before > 0.0);
             headlines.push(Headline {
                 label: format!("held-out {name}"),
                 before: before.map(|before| before * 100.0),

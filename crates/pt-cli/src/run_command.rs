@@ -1,5 +1,5 @@
 //! What a run was started with beside its configuration: `command.yaml` in its folder, so that
-//! `pt sft --resume --output RUN` is the whole command.
+//! `--resume --output RUN` is all that the command needs to go on.
 
 use crate::talk::Usage;
 use anyhow::Result;
@@ -9,11 +9,13 @@ use pt_train::run_dir::write_atomic;
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
 
-/// The flags of `pt sft` that are no fields of the configuration. Paths are absolute, so that a run can be resumed from
+/// The command that trains, and its flags that are no fields of the configuration. Paths are absolute, so that a run can be resumed from
 /// any folder; a name of the catalog stays a name.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub(crate) struct RunCommand {
+    /// `sft`, `dpo`; empty, in a run of an earlier version, is `sft`.
+    pub(crate) task: String,
     pub(crate) model: String,
     pub(crate) adapter: Option<String>,
     pub(crate) data: Vec<String>,
@@ -34,7 +36,21 @@ impl RunCommand {
     /// What a run kept; `None` when it kept nothing.
     pub(crate) fn load(run: &Path) -> Result<Option<Self>> {
         let path = Self::path(run);
-        Ok(if path.exists() { Some(load_config(Some(&path), &[])?) } else { None })
+        if !path.exists() {
+            return Ok(None);
+        }
+        let command: Self = load_config(Some(&path), &[])?;
+        Ok(Some(Self { task: command.task().into(), ..command }))
+    }
+
+    /// The command that goes on with the run in a folder.
+    pub(crate) fn resume(&self, run: &Path) -> String {
+        format!("pt {} --resume --output {}", self.task(), run.display())
+    }
+
+    /// What stands after `pt`.
+    pub(crate) fn task(&self) -> &str {
+        if self.task.is_empty() { "sft" } else { &self.task }
     }
 
     pub(crate) fn save(&self, run: &Path) -> Result<()> {

@@ -89,7 +89,7 @@ fn hint(cause: &(dyn std::error::Error + 'static)) -> Option<String> {
         return error.hint();
     }
     if cause.is::<Usage>() {
-        return Some("`pt help COMMAND` shows the options; `pt sft --print-config` the fields and their values".into());
+        return Some("`pt help COMMAND` shows the options; `--print-config` of a command that trains the fields and their values".into());
     }
     if let Some(misused) = cause.downcast_ref::<Misused>() {
         return Some(misused.hint.clone());

@@ -5,7 +5,7 @@ use crate::interrupts;
 use crate::job::Job;
 use crate::open::{BaseFormat, ModelArgs};
 use crate::run_command::{RunCommand, absolute, agreed, dtype_name};
-use crate::talk::{self, Usage};
+use crate::talk::{self, Misused, Usage};
 use crate::task::Task;
 use anyhow::Result;
 use pt_model::{CausalLm, Pretrained};
@@ -77,6 +77,17 @@ pub(crate) fn run<T: Task>(args: TrainArgs, task: T) -> Result<ExitCode> {
         let method = if method == "none" { "null".into() } else { method.replace('-', "_") };
         sets.insert(0, ("peft".into(), method));
     }
+    let kept = match &args.output {
+        Some(output) if args.resume => RunCommand::load(output)?,
+        _ => None,
+    };
+    if let (Some(kept), Some(output)) = (kept.as_ref().filter(|kept| kept.task() != T::COMMAND), &args.output) {
+        return Err(Misused {
+            message: format!("{} is a run of `pt {}`", output.display(), kept.task()),
+            hint: format!("go on with it by: {}", kept.resume(output)),
+        }
+        .into());
+    }
     // A resumed run goes on with its own configuration unless another is named.
     let saved = args.output.as_ref().filter(|_| args.resume).map(|run| run.join("config.yaml"));
     let saved = saved.filter(|path| path.exists());
@@ -93,8 +104,7 @@ pub(crate) fn run<T: Task>(args: TrainArgs, task: T) -> Result<ExitCode> {
     if !args.resume && !args.dry_run {
         RunDir::check_free(&output)?;
     }
-    let kept = run.as_ref().map_or(Ok(None), |run| RunCommand::load(run.root()))?;
-    let mut command = settle(&args, kept.clone().unwrap_or_default(), &output)?;
+    let mut command = settle(T::COMMAND, &args, kept.clone().unwrap_or_default(), &output)?;
     let adapter = command.adapter.clone().map(PathBuf::from);
     if let Some(folder) = &adapter {
         take_settings_of(folder, &mut config, &sets)?;
@@ -143,7 +153,7 @@ pub(crate) fn run<T: Task>(args: TrainArgs, task: T) -> Result<ExitCode> {
             false => read_rows(&paths(&command.eval_data), &reading)?,
         },
         config,
-        again: format!("pt {} --resume --output {}", T::COMMAND, output.display()),
+        again: command.resume(&output),
         output,
         resume: args.resume,
         num_samples: command.samples.unwrap_or(0),
@@ -208,7 +218,7 @@ pub(crate) fn help_on_fields<T: Task>() -> String {
 }
 
 /// The flags, and for those not given what the resumed run was started with; `dtype` is left to the caller.
-fn settle(args: &TrainArgs, kept: RunCommand, run: &Path) -> Result<RunCommand> {
+fn settle(task: &str, args: &TrainArgs, kept: RunCommand, run: &Path) -> Result<RunCommand> {
     let list = |paths: &[PathBuf]| paths.iter().map(|path| absolute(&path.to_string_lossy())).collect::<Vec<_>>();
     let some = |list: Vec<String>| Some(list).filter(|list| !list.is_empty());
     // A run of a version without the flag began as it does without it.
@@ -222,6 +232,7 @@ fn settle(args: &TrainArgs, kept: RunCommand, run: &Path) -> Result<RunCommand> 
     let adapter = args.adapter.as_deref().map(adapter_folder).transpose()?;
     let adapter = adapter.map(|path| absolute(&path.to_string_lossy()));
     Ok(RunCommand {
+        task: task.into(),
         model: agreed("--model", args.model.as_deref().map(absolute), kept_model, run)?
             .ok_or_else(|| missing("--model"))?,
         adapter: agreed("--adapter", adapter, kept.adapter, run)?,

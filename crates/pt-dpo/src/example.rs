@@ -1,7 +1,7 @@
 //! Preference rows as the trainer takes them.
 
 use crate::LossConfig;
-use pt_train::data::{Completion, Judgement, PreferenceGroup, PromptGroup};
+use pt_train::data::{Completion, PreferenceGroup, PromptGroup};
 use pt_train::objective::Example;
 
 /// A preference row with what the losses need beside it.
@@ -50,14 +50,6 @@ impl Example for DpoExample {
     }
 
     fn digest(&self, sink: &mut dyn FnMut(&[u8])) {
-        self.preference.group.digest(sink);
-        match &self.preference.judgement {
-            Judgement::Ranks { ranks, scores } => {
-                ranks.iter().for_each(|rank| sink(&rank.to_le_bytes()));
-                scores.iter().flatten().for_each(|score| sink(&score.to_le_bytes()));
-            }
-            Judgement::Labels(labels) => labels.iter().for_each(|&label| sink(&[u8::from(label)])),
-        }
-        sink(&self.preference.weight.to_le_bytes());
+        self.preference.digest(sink);
     }
 }

@@ -229,11 +229,8 @@ impl Dpo {
         let rows = || micro_batches.iter().flatten();
         let num_terms: usize = rows().map(|example| self.count(example)).sum();
         let chosen_length = |example: &&DpoExample| -> usize {
-            let group = &example.preference.group;
-            // The first token of all has nothing to be predicted from.
-            let skip = usize::from(group.prompt.is_empty());
-            let length = |pair: &Pair| group.completions[pair.chosen].token_ids.len() - skip;
-            example.preference.pairs().iter().map(length).sum()
+            let lengths: Vec<usize> = example.preference.group.label_counts().collect();
+            example.preference.pairs().iter().map(|pair| lengths[pair.chosen]).sum()
         };
         let kl = if self.config.is_unpaired() { self.kl(pass, micro_batches)? } else { 0.0 };
         let mean_chosen_length = rows().map(chosen_length).sum::<usize>() as f64 / num_terms.max(1) as f64;

@@ -61,11 +61,13 @@ fn seeded_from_cpu<T>(draw: impl FnOnce() -> T) -> Result<T> {
     Ok(drawn)
 }
 
-/// Tests that draw and compare share one generator; they take turns.
+/// Tests that draw and compare share one generator; they take turns, and each draws the same numbers whoever was first.
 #[cfg(test)]
 pub(crate) fn test_lock() -> std::sync::MutexGuard<'static, ()> {
     static LOCK: std::sync::Mutex<()> = std::sync::Mutex::new(());
-    LOCK.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    let lock = LOCK.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+    seed(0);
+    lock
 }
 
 #[cfg(test)]

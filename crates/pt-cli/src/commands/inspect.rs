@@ -132,7 +132,7 @@ fn run_folder(args: &Args) -> Result<ExitCode> {
         say(format_args!("  checkpoint {}{}", checkpoints.path(name).display(), mark.unwrap_or_default()))?;
     }
     match &command {
-        Some(_) => say(format_args!("  continue it: pt sft --resume --output {path}"))?,
+        Some(command) => say(format_args!("  continue it: {}", command.resume(&args.path)))?,
         None => say("  continue it: the command that began it (it keeps no command.yaml), with --resume")?,
     }
     let chosen = checkpoints.chosen();

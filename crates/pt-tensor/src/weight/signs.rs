@@ -569,7 +569,10 @@ mod tests {
                     let plus = signs.dense().unwrap() / expanded(&signs).dense().unwrap().abs();
                     let x = draw(&[2, 3, 200]).to_kind(kind).set_requires_grad(true);
                     let y = draw(&[2, 3, 70]).to_kind(kind).set_requires_grad(true);
-                    let upstream = draw(&[2, 3, 70]).to_kind(kind);
+                    // Leaning towards the product, so that the gradient of one scale for all is no sum that cancels out:
+                    // its error is in proportion to its terms, and is held against the sum.
+                    let product = x.detach().to_kind(Kind::Float).linear(&plus, None::<Tensor>);
+                    let upstream = (draw(&[2, 3, 70]) + product * 0.1).to_kind(kind);
                     let wide = |t: &Tensor| t.detach().to_kind(Kind::Double).set_requires_grad(true);
                     let (x64, y64, scale64) = (wide(&x), wide(&y), wide(&signs.scale));
                     let spread = match axis {

@@ -14,6 +14,7 @@ use super::checks::{Examined, Tally, first_of_sources, quantile, render_tokens, 
 use super::preferences::{Judgement, PreferenceGroup, row_to_preference};
 use super::{DataConfig, Encode, Row, SourceSummary};
 use crate::error::Result;
+use crate::objective::Example;
 
 /// Lengths of many sequences, in tokens.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -334,10 +335,10 @@ fn describe<'a>(mut tally: Tally, groups: &[&'a PreferenceGroup], seen: &mut See
     source
 }
 
-/// How many groups of `held_out` have a prompt that also stands in `train`, token for token: a leak when it is not 0.
-pub fn prompt_overlap(train: &[PreferenceGroup], held_out: &[PreferenceGroup]) -> usize {
-    let seen: HashSet<&[i64]> = train.iter().map(|group| group.group.prompt.as_slice()).collect();
-    held_out.iter().filter(|group| seen.contains(group.group.prompt.as_slice())).count()
+/// How many examples of `held_out` have a prompt that also stands in `train`, token for token: a leak when it is not 0.
+pub fn prompt_overlap<E: Example>(train: &[E], held_out: &[E]) -> usize {
+    let seen: HashSet<&[i64]> = train.iter().map(|example| example.group().prompt.as_slice()).collect();
+    held_out.iter().filter(|example| seen.contains(example.group().prompt.as_slice())).count()
 }
 
 /// A group's prompt, then each completion under its judgement, the best first; tokens are marked as

@@ -12,6 +12,7 @@ use sha2::{Digest, Sha256};
 use super::groups::{RowEncoder, common_prefix};
 use super::{Encode, Row, RowContent, Text};
 use crate::error::{Result, TrainError};
+use crate::objective::Example;
 
 /// What was judged of the completions of one prompt.
 #[derive(Clone, Debug, PartialEq)]
@@ -97,6 +98,24 @@ impl PreferenceGroup {
             }
             Judgement::Labels(labels) => (0..labels.len()).map(sequence).sum(),
         }
+    }
+}
+
+impl Example for PreferenceGroup {
+    fn group(&self) -> &PromptGroup {
+        &self.group
+    }
+
+    fn digest(&self, sink: &mut dyn FnMut(&[u8])) {
+        self.group.digest(sink);
+        match &self.judgement {
+            Judgement::Ranks { ranks, scores } => {
+                ranks.iter().for_each(|rank| sink(&rank.to_le_bytes()));
+                scores.iter().flatten().for_each(|score| sink(&score.to_le_bytes()));
+            }
+            Judgement::Labels(labels) => labels.iter().for_each(|&label| sink(&[u8::from(label)])),
+        }
+        sink(&self.weight.to_le_bytes());
     }
 }
 

@@ -47,10 +47,10 @@ pub(super) fn run(args: Args) -> Result<ExitCode> {
         questions: held_out.1,
     };
     let Some(done) = args.run.carry_out(plan)? else { return Ok(ExitCode::from(130)) };
+    let held_out = done.finished.held_out()?;
     let mut own = Vec::new();
     for (name, label) in [(pt_dpo::ACCURACY, "pairs told apart"), (pt_dpo::LOGPS_ACCURACY, "more probable  ")] {
-        let after = done.finished.value(name);
-        own.extend(after.map(|after| format!("{label}{} % of the held-out ones", percent(after))));
+        own.extend(held_out.get(name).map(|share| format!("{label}{} % of the held-out ones", percent(*share))));
     }
     if let Some(path) = &args.test_data {
         let rows = read_rows(std::slice::from_ref(path), &done.job.config.data.read_options())?;

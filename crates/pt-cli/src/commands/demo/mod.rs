@@ -138,6 +138,7 @@ impl RunArgs {
         // The rows are a choice of a larger set, so the run keeps them; `--resume` finds them there.
         let own_file = |name: &str| std::path::absolute(self.output.join(name)).map(|path| path.display().to_string());
         let command = RunCommand {
+            task: T::COMMAND.into(),
             model: absolute(&self.model.to_string_lossy()),
             adapter: None,
             data: vec![own_file(TRAINING)?],
