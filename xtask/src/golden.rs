@@ -6,7 +6,7 @@ use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, bail};
 
-use crate::process::{cargo, pinned_python, run, workspace};
+use crate::process::{cargo, pinned_python, pinned_python_by, run, workspace};
 use crate::test::run_counted;
 use crate::{fetch, setup};
 
@@ -82,6 +82,9 @@ fn write_fixtures(generators: &Path, chosen: &[String]) -> Result<()> {
         if READ_SMOLLM2.contains(&name.as_str()) {
             command.arg("--gguf").arg(fetch::one(SMOLLM2)?);
         }
+        if READ_PPO.contains(&name.as_str()) {
+            command.arg("--ppo-sources").arg(ppo_sources(generators)?);
+        }
         run(command.current_dir(workspace()).stdin(Stdio::null()))?;
     }
     eprintln!("fixtures are written; `cargo xtask golden` compares with them");
@@ -101,6 +104,22 @@ fn environment_of(area: &str) -> (&'static str, &'static str) {
         _ => ("venv-golden", "requirements.txt"),
     }
 }
+
+/// The environment with the packages whose PPO is read and not imported, without what they depend on.
+fn ppo_sources(generators: &Path) -> Result<PathBuf> {
+    let requirements = generators.join("ppo_requirements.txt");
+    let wanted =
+        fs::read_to_string(&requirements).with_context(|| format!("cannot read {}", requirements.display()))?;
+    let python = pinned_python_by("venv-ppo-sources", &wanted, 200, |python| {
+        let mut command = Command::new(python);
+        run(command.args(["-m", "pip", "install", "--no-deps", "-r"]).arg(&requirements).stdin(Stdio::null()))
+    })?;
+    let folder = python.parent().and_then(Path::parent).context("the environment's Python is not in its bin folder")?;
+    Ok(folder.to_owned())
+}
+
+/// Generators that read the sources of packages with PPO, and are told where they are.
+const READ_PPO: [&str; 1] = ["rlhf"];
 
 /// Generators that read the real model, and are told where it is.
 const READ_SMOLLM2: [&str; 3] = ["smollm2", "tokenizer", "dpo_train"];
@@ -171,10 +190,11 @@ mod tests {
     }
 
     #[test]
-    fn the_generators_that_read_the_real_model_take_its_path() {
-        for name in READ_SMOLLM2 {
+    fn the_generators_that_read_the_real_model_or_sources_take_their_paths() {
+        let options = READ_SMOLLM2.map(|name| (name, "\"--gguf\""));
+        for (name, option) in options.into_iter().chain(READ_PPO.map(|name| (name, "\"--ppo-sources\""))) {
             let path = workspace().join("fixtures/generate").join(format!("{name}.py"));
-            assert!(fs::read_to_string(&path).unwrap().contains("\"--gguf\""), "{}", path.display());
+            assert!(fs::read_to_string(&path).unwrap().contains(option), "{}", path.display());
         }
     }
 }

@@ -30,8 +30,8 @@ struct Args {
     /// Steps of 4 pairs that are measured after the first.
     #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u64).range(1..))]
     steps: u64,
-    /// Rounds of ours and the peer's.
-    #[arg(long, default_value_t = 2)]
+    /// Rounds of ours and the peer's; the median of an even number would be the larger of the middle two.
+    #[arg(long, default_value_t = 3)]
     rounds: usize,
     /// Only f32 or bf16.
     #[arg(long)]
@@ -57,7 +57,14 @@ fn main() -> Result<()> {
     }
     let folder = tempfile::tempdir()?;
     let scripts = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("peers");
-    let mut record = Record::new("dpo", json!({"steps": args.steps, "pairs_per_step": BATCH, "lora_rank": 16}))?;
+    let mut record = Record::new(
+        "dpo",
+        json!({
+            "steps": args.steps, "pairs_per_step": BATCH, "lora_rank": 16,
+            // The default of its configuration, which the peer's script leaves as it is.
+            "trl_gradient_checkpointing": true,
+        }),
+    )?;
     for (prompts, length) in PROMPTS {
         if args.prompts.as_deref().is_some_and(|only| only != prompts) {
             continue;
@@ -121,7 +128,7 @@ fn once(dtype: &str, prompts: &str, steps: usize) -> Result<()> {
         weight: 1.0,
     };
     let groups = pairs(BATCH * (steps + 1), length).into_iter().map(judged).collect();
-    let examples = DpoExample::from_groups(groups, &loss);
+    let examples = DpoExample::from_groups(groups, &loss, usize::MAX)?;
     // The reference runs beside each step, as TRL's does.
     let mut objective = Dpo::new(loss, Reference::Sites(Rc::new(Bare)))?;
     let (mut losses, mut seconds) = (Vec::new(), 0.0);

@@ -26,8 +26,9 @@ pub(crate) fn questions(
     let mut questions = Vec::new();
     for number in 0..count.min(rows.len()) {
         let row = rows[number * rows.len() / count.min(rows.len())];
-        let Some((prompt, expected)) = texts(&row.content) else { continue };
-        let token_ids = prompt_ids(row, encoder)?;
+        let row = row.with_explicit_prompt();
+        let Some((prompt, expected)) = texts(&row.content).filter(|(prompt, _)| !prompt.is_empty()) else { continue };
+        let token_ids = prompt_ids(&row, encoder)?;
         if check_prompt(model, &token_ids, sites).is_ok() {
             questions.push(Question { token_ids, prompt, expected });
         }

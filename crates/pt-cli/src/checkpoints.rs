@@ -48,6 +48,13 @@ fn name_of(best: &Best) -> String {
     format!("step-{:08}", best.step)
 }
 
+/// The run that an adapter stands in: `RUN/checkpoints/step-N/adapter`.
+pub(crate) fn run_of(adapter: &Path) -> Option<PathBuf> {
+    let adapter = adapter.canonicalize().ok()?;
+    let checkpoints = adapter.parent()?.parent().filter(|folder| folder.ends_with("checkpoints"))?;
+    checkpoints.parent().map(Path::to_path_buf)
+}
+
 /// The adapter that a path names: itself, that of a checkpoint, or that of a run's best (else last) checkpoint, which is
 /// then told on stderr.
 pub(crate) fn adapter_folder(path: &Path) -> Result<PathBuf> {

@@ -6,10 +6,10 @@ use crate::memory::Memory;
 use crate::open::no_tokenizer;
 use crate::run_command::RunCommand;
 use crate::talk;
-use crate::task::{Checked, Task};
+use crate::task::{Checked, Findings, Task};
 use anyhow::{Context, Result, bail};
 use pt_model::{Architecture, Bare, CausalLm, Pretrained, RunOptions, Sites};
-use pt_peft::{Adapter, load_adapter};
+use pt_peft::Adapter;
 use pt_tensor::{Device, Kind, Tensor};
 use pt_train::config::{flatten, to_yaml};
 use pt_train::data::Row;
@@ -82,12 +82,13 @@ pub(crate) struct Finished {
     /// Those of the last checkpoint, where it is not the best.
     pub(crate) last: Option<PathBuf>,
     /// Other numbers of the evaluation before training.
-    before: BTreeMap<String, f64>,
+    pub(crate) before: BTreeMap<String, f64>,
     /// With the weights of `chosen`; all weights trained, with those of the last step.
     pub(crate) sites: Rc<dyn Sites>,
     pub(crate) run: RunDir,
     best: Option<Best>,
     tables: Vec<DataTable>,
+    findings: Findings,
     seconds: f64,
 }
 
@@ -119,17 +120,19 @@ impl<T: Task> Job<T> {
         checked: Checked<T::Example>,
     ) -> Result<Finished> {
         let started = Instant::now();
-        let (sites, parameters, adapter): (Rc<dyn Sites>, _, Option<Rc<dyn Adapter>>) = match self.config.method() {
+        let (sites, mut parameters, adapter): (Rc<dyn Sites>, _, Option<Rc<dyn Adapter>>) = match self.config.method() {
             Some(mut method) => {
                 method.note_base_model(&self.model_path.display().to_string());
                 let adapter = match &self.adapter {
-                    Some(folder) => load_adapter(folder, model)?,
+                    Some(folder) => self.task.load_adapter(folder, model)?,
                     None => method.create(model, pretrained.tokenizer.as_ref(), self.config.seed)?,
                 };
                 (adapter.clone(), adapter.parameters(), Some(adapter))
             }
             None => (Rc::new(Bare), model.train_all()?, None),
         };
+        parameters.extend(self.task.leaves_beside(pretrained, model, self.config.seed)?);
+        self.task.prepare(self, pretrained, model, (&sites, &parameters))?;
         // After the settings have proved to fit the model, so that a refused run leaves no folder behind.
         let run = match self.resume {
             true => RunDir::open(&self.output)?,
@@ -180,8 +183,8 @@ impl<T: Task> Job<T> {
         }
         let save = |folder: &Path| -> pt_train::Result<()> {
             match &adapter {
-                Some(adapter) => Ok(adapter.save(&folder.join("adapter"))?),
-                None => save_model(&folder.join("model"), pretrained, model, 5_000_000_000),
+                Some(adapter) => self.task.save_adapter(adapter.as_ref(), &folder.join("adapter")),
+                None => self.task.save_model(&folder.join("model"), pretrained, model),
             }
         };
         let lr_factor = |name: &str| adapter.as_ref().map_or(1.0, |adapter| adapter.lr_factor(name));
@@ -205,8 +208,14 @@ impl<T: Task> Job<T> {
         let earlier = best.as_ref().filter(|best| best.step != last_step).map(|best| run.checkpoint_path(best.step));
         let chosen = earlier.as_ref().unwrap_or(&last).join(part);
         let sites: Rc<dyn Sites> = match (&earlier, &adapter) {
-            (Some(_), Some(_)) => load_adapter(&chosen, model)?,
+            (Some(_), Some(_)) => self.task.load_adapter(&chosen, model)?,
             _ => sites,
+        };
+        let step_of_sites = best.as_ref().filter(|_| adapter.is_some()).map_or(last_step, |best| best.step);
+        let pass = Pass { step: step_of_sites, model, sites: &sites, options: RunOptions::default() };
+        let findings = match outcome.ending {
+            Ending::Interrupted => Findings::default(),
+            _ => self.task.findings(self, objective.as_mut(), &pass, &eval)?,
         };
         let series = read_series(&run.metrics_path())?;
         let last_loss = series.get(names::EVAL_LOSS).and_then(|points| points.last()).map(|(_, loss)| *loss);
@@ -227,6 +236,7 @@ impl<T: Task> Job<T> {
             run,
             best,
             tables,
+            findings,
             seconds: started.elapsed().as_secs_f64(),
         };
         finished.report(self, vec![], measured.samples.into_iter().filter_map(Answered::into_sample).collect())?;
@@ -343,7 +353,7 @@ impl Finished {
             });
         }
         for (name, after) in self.held_out()?.into_iter().filter(|(name, _)| name.contains("accurac")) {
-            // Rewards before training are differences of equal numbers: nothing is told apart.
+            // A policy that is its own reference has no rewards before training, so that nothing is told apart.
             let before = self.before.get(&name).filter(|before| **before > 0.0);
             headlines.push(Headline {
                 label: format!("held-out {name}"),
@@ -356,11 +366,17 @@ impl Finished {
         let adapter = self.chosen.display();
         let model = job.model_path.display();
         let mut commands = vec![format!("tensorboard --logdir {}", self.run.tensorboard_path().display())];
-        if let Some(method) = job.config.peft {
-            let is_nf4 = job.command.as_ref().is_some_and(|command| command.weights == "nf4");
-            let weights = if is_nf4 { " --weights nf4" } else { "" };
+        let is_nf4 = job.command.as_ref().is_some_and(|command| command.weights == "nf4");
+        let weights = if is_nf4 { " --weights nf4" } else { "" };
+        if !T::ANSWERS {
+            let of = match job.config.peft {
+                Some(_) => format!("--model {model} --adapter {adapter}{weights}"),
+                None => format!("--model {adapter}"),
+            };
+            commands.insert(0, format!("pt score {of} --data rows.jsonl --output scores.jsonl"));
+        } else if let Some(method) = job.config.peft {
             commands.insert(0, format!("pt chat --model {model} --adapter {adapter}{weights}"));
-            if method.is_mergeable() {
+            if job.config.settings_of(method).is_mergeable() {
                 commands.insert(1, format!("pt merge --model {model} --adapter {adapter}{weights} --output merged"));
             }
         } else {
@@ -371,6 +387,8 @@ impl Finished {
             subtitle: format!("{model}, {:?} on {:?}", job.kind, job.device),
             headlines,
             series: read_series(&self.run.metrics_path())?,
+            figures: self.findings.figures.clone(),
+            findings: self.findings.tables.clone(),
             data: self.tables.clone(),
             samples,
             facts: vec![
@@ -413,7 +431,7 @@ pub(crate) fn save_model(
 
 /// Says in the configuration that there are biases which a merge has added (BitFit), where the architecture can say so: a
 /// Llama has them on all parts of its attention or none, and so its MLP, so that those without get zeros.
-fn give_new_biases_a_place(
+pub(crate) fn give_new_biases_a_place(
     parameters: &mut Vec<(String, Tensor)>,
     config: &mut serde_json::Map<String, serde_json::Value>,
     pretrained: &Pretrained,

@@ -9,6 +9,8 @@ mod interrupts;
 mod job;
 mod memory;
 mod open;
+mod reward_task;
+mod rl;
 mod run_command;
 mod talk;
 mod task;
@@ -30,11 +32,17 @@ enum Command {
     Sft(commands::sft::Args),
     /// Train on preferences: DPO and its family, ORPO, SimPO, KTO.
     Dpo(commands::dpo::Args),
+    /// Train a reward model on pairs and ranked lists.
+    Reward(commands::reward::Args),
+    /// Reinforcement learning with a critic: PPO on rewards by rule, by a command, or by a reward model.
+    Ppo(commands::ppo::Args),
+    /// The same with groups of responses in the critic's place: GRPO, RLOO.
+    Grpo(commands::grpo::Args),
     /// Complete the prompts of a file, one JSON line per row.
     Generate(commands::generate::Args),
     /// Talk with a model.
     Chat(commands::chat::Args),
-    /// Log-probs of given completions, one JSON line per row.
+    /// Log-probs of given completions, or a reward model's scores of them, one JSON line per row.
     Score(commands::score::Args),
     /// Fold an adapter into its model and save a Hugging Face folder.
     Merge(commands::merge::Args),
@@ -59,6 +67,9 @@ fn main() -> ExitCode {
     let result = match cli.command {
         Command::Sft(args) => commands::sft::run(args),
         Command::Dpo(args) => commands::dpo::run(args),
+        Command::Reward(args) => commands::reward::run(args),
+        Command::Ppo(args) => commands::ppo::run(args),
+        Command::Grpo(args) => commands::grpo::run(args),
         Command::Generate(args) => commands::generate::run(args),
         Command::Chat(args) => commands::chat::run(args),
         Command::Score(args) => commands::score::run(args),

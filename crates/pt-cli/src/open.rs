@@ -1,12 +1,14 @@
 //! Opening models and adapters as the flags say; shared by the commands.
 
-use crate::checkpoints::adapter_folder;
+use crate::checkpoints::{adapter_folder, run_of};
 use crate::commands::generate::at_least_one;
+use crate::run_command::RunCommand;
 use crate::talk::{self, Misused, Refused, Usage};
 use anyhow::{Context, Result};
 use clap::Args;
 use pt_model::{Bare, CausalLm, LinearFormat, ModelError, Pretrained, Sites};
 use pt_peft::{AdapterSet, load_adapter};
+use pt_rlhf::{RewardModel, trunk_of};
 use pt_tensor::io::create_folder_atomically;
 use pt_tensor::{Device, Kind, Nf4Arithmetic, Nf4Options, parse_device, parse_kind};
 use pt_train::TrainError;
@@ -26,7 +28,7 @@ pub(crate) struct ModelArgs {
     /// A Hugging Face folder, a .gguf file, or a name that `pt models` lists.
     #[arg(long)]
     pub(crate) model: String,
-    /// An adapter folder in PEFT's format, a 1-bit delta, or a run of `pt sft`, for the adapter of its best (else last)
+    /// An adapter folder in PEFT's format, a 1-bit delta, or a run that trained one, for that of its best (else last)
     /// checkpoint.
     #[arg(long)]
     pub(crate) adapter: Option<PathBuf>,
@@ -76,6 +78,11 @@ impl BaseFormat {
             Self::Nf4 => "nf4",
         }
     }
+
+    /// The format of a name that a run kept.
+    pub(crate) fn of_name(name: &str) -> Self {
+        if name == Self::Nf4.name() { Self::Nf4 } else { Self::AsStored }
+    }
 }
 
 /// For commands that only read a model.
@@ -108,6 +115,11 @@ pub(crate) struct RowAdapterArgs {
 }
 
 impl RowAdapterArgs {
+    /// Whether there are none.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.row_adapters.is_empty()
+    }
+
     /// Loads the adapters into the sites of a model, and finds each row's among them; `None` where there are none.
     pub(crate) fn open(&self, opened: &mut Opened, rows: &[Row]) -> Result<Option<RowAdapters>> {
         if self.row_adapters.is_empty() {
@@ -123,7 +135,9 @@ impl RowAdapterArgs {
             if set.get(name).is_ok() {
                 return Err(Usage(format!("--row-adapter {text}: there are two of the name `{name}`")).into());
             }
-            set.insert(name, load_adapter(&adapter_folder(Path::new(folder))?, &opened.model)?)?;
+            let folder = adapter_folder(Path::new(folder))?;
+            warn_of_other_weights(&folder, &opened.model);
+            set.insert(name, load_adapter(&folder, &opened.model)?)?;
         }
         for row in rows {
             row.adapter
@@ -143,6 +157,14 @@ pub(crate) struct RowAdapters {
 }
 
 impl RowAdapters {
+    /// What acts on a row: its adapter, or nothing.
+    pub(crate) fn sites_of(&self, row: usize) -> Result<Rc<dyn Sites>> {
+        Ok(match &self.of_row[row] {
+            Some(name) => self.set.get(name)?,
+            None => Rc::new(Bare),
+        })
+    }
+
     /// Gives the prompts of the next batch the adapters of these rows.
     pub(crate) fn choose(&self, rows: impl IntoIterator<Item = usize>) -> Result<()> {
         let names: Vec<Option<&str>> = rows.into_iter().map(|row| self.of_row[row].as_deref()).collect();
@@ -226,18 +248,62 @@ impl ModelArgs {
     }
 
     pub(crate) fn open(&self, weights: &WeightArgs) -> Result<Opened> {
+        let (opened, reward) = self.open_as(weights, false)?;
+        debug_assert!(reward.is_none());
+        Ok(opened)
+    }
+
+    /// As [`open`](Self::open), also of a reward model: with the head of the adapter or of the model, where one has it.
+    pub(crate) fn open_scorer(&self, weights: &WeightArgs) -> Result<(Opened, Option<RewardModel>)> {
+        self.open_as(weights, true)
+    }
+
+    fn open_as(&self, weights: &WeightArgs, takes_rewards: bool) -> Result<(Opened, Option<RewardModel>)> {
         let device = self.device()?;
         // Training keeps f32 masters beside bf16; an answer has nothing to fall back on, and a small model's best
         // and second best token lie closer than bf16 tells apart.
         let kind = if self.dtype == "auto" && device == Device::Cpu { Kind::Float } else { self.kind()? };
         let adapter = self.adapter_folder()?;
-        let pretrained = self.pretrained()?;
+        let mut pretrained = self.pretrained()?;
+        let is_adapter = adapter.as_deref().map_or(Ok(false), RewardModel::is_adapter)?;
+        let of_model = RewardModel::of_pretrained(&pretrained, device)?;
+        if is_adapter || of_model.is_some() {
+            if !takes_rewards {
+                let what = adapter.as_deref().filter(|_| is_adapter).unwrap_or(&pretrained.path);
+                return Err(Refused {
+                    message: format!("{} is a reward model, which writes no answers", what.display()),
+                    hint: "`pt score` gives its scores of completions".into(),
+                }
+                .into());
+            }
+            pretrained = trunk_of(pretrained)?;
+        }
         let model = CausalLm::load_with(&pretrained, device, kind, weights.format())?;
-        let sites: Rc<dyn Sites> = match &adapter {
-            Some(folder) => load_adapter(folder, &model)?,
-            None => Rc::new(Bare),
+        if let Some(folder) = &adapter {
+            warn_of_other_weights(folder, &model);
+        }
+        let (reward, sites): (_, Rc<dyn Sites>) = match &adapter {
+            Some(folder) if is_adapter => {
+                let (reward, adapter) = RewardModel::load_adapter(folder, &model)?;
+                (Some(reward), adapter)
+            }
+            Some(folder) => (of_model, load_adapter(folder, &model)?),
+            None => (of_model, Rc::new(Bare)),
         };
-        Ok(Opened { pretrained, model, sites })
+        Ok((Opened { pretrained, model, sites }, reward))
+    }
+}
+
+/// Says so where a run trained its adapter over weights in 4 bits, and the model's are not: it answers over others then.
+fn warn_of_other_weights(adapter: &Path, model: &CausalLm) {
+    let command = run_of(adapter).and_then(|run| RunCommand::load(&run).ok().flatten());
+    let was_nf4 = command.is_some_and(|command| BaseFormat::of_name(&command.weights) == BaseFormat::Nf4);
+    if was_nf4 && model.linear_layers().all(|layer| layer.weight.as_nf4().is_none()) {
+        eprintln!(
+            "warning: {} was trained over weights in 4 bits, and the model's are as stored: to answer over those that it \
+             was trained on, --weights nf4",
+            adapter.display()
+        );
     }
 }
 

@@ -1,6 +1,7 @@
 //! What a run was started with beside its configuration: `command.yaml` in its folder, so that
 //! `--resume --output RUN` is all that the command needs to go on.
 
+use crate::open::BaseFormat;
 use crate::talk::Usage;
 use anyhow::Result;
 use pt_tensor::Kind;
@@ -14,7 +15,7 @@ use std::path::{Path, PathBuf};
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub(crate) struct RunCommand {
-    /// `sft`, `dpo`; empty, in a run of an earlier version, is `sft`.
+    /// `sft`, `dpo`, `reward`; empty, in a run of an earlier version, is `sft`.
     pub(crate) task: String,
     pub(crate) model: String,
     pub(crate) adapter: Option<String>,
@@ -51,6 +52,16 @@ impl RunCommand {
     /// What stands after `pt`.
     pub(crate) fn task(&self) -> &str {
         if self.task.is_empty() { "sft" } else { &self.task }
+    }
+
+    /// How its base's linear layers are held, by name; `None` where no run was kept.
+    pub(crate) fn kept_weights(&self) -> Option<String> {
+        match (self.weights.as_str(), self.model.is_empty()) {
+            ("", true) => None,
+            // A run of a version without the flag began as it does without it.
+            ("", false) => Some(BaseFormat::AsStored.name().into()),
+            (weights, _) => Some(weights.into()),
+        }
     }
 
     pub(crate) fn save(&self, run: &Path) -> Result<()> {

@@ -2,9 +2,11 @@
 
 use anyhow::{Context, Result};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use pt_dpo::DpoError;
 use pt_fetch::FetchError;
 use pt_model::ModelError;
 use pt_peft::PeftError;
+use pt_rlhf::RlhfError;
 use pt_tensor::TensorError;
 use pt_train::TrainError;
 use std::fmt::Display;
@@ -99,6 +101,12 @@ fn hint(cause: &(dyn std::error::Error + 'static)) -> Option<String> {
     }
     if let Some(error) = cause.downcast_ref::<FetchError>() {
         return Some(error.hint());
+    }
+    if let Some(error) = cause.downcast_ref::<DpoError>() {
+        return error.hint();
+    }
+    if let Some(error) = cause.downcast_ref::<RlhfError>() {
+        return error.hint();
     }
     if let Some(error) = cause.downcast_ref::<PeftError>() {
         return error.hint();

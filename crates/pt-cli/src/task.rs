@@ -1,17 +1,19 @@
 //! What the kinds of training differ in, for the one job that runs them.
 
-use crate::job::Job;
+use crate::job::{Job, save_model};
 use crate::talk;
 use anyhow::Result;
 use pt_model::{CausalLm, Pretrained, Sites};
+use pt_peft::{Adapter, load_adapter};
 use pt_tensor::Tensor;
 use pt_train::data::{Preflight, PromptGroup, Row, overlap, preflight};
 use pt_train::encoder::ModelEncoder;
-use pt_train::objective::{Example, Objective};
-use pt_train::report::DataTable;
+use pt_train::objective::{Example, Objective, Pass};
+use pt_train::report::{DataTable, Figure};
 use pt_train::run_dir::RunDir;
 use pt_train::settings::{ObjectiveConfig, TrainConfig};
 use pt_train::sft::{Sft, SftConfig};
+use std::path::Path;
 use std::rc::Rc;
 
 /// What is trained: what is switched on at the model's sites, and the tensors that learn, by name.
@@ -33,6 +35,13 @@ pub(crate) trait Task: Sized {
     const TITLE: &'static str;
     /// What its loss counts.
     const LOSS_UNIT: &'static str;
+    /// Whether what it trains answers prompts, so that there is something to chat with.
+    const ANSWERS: bool = true;
+
+    /// Opens the model that it trains on.
+    fn open(path: &Path) -> Result<Pretrained> {
+        Ok(Pretrained::open(path)?)
+    }
 
     /// Tokenizes and checks training and held-out rows, and shows what will be trained.
     fn check(
@@ -42,6 +51,14 @@ pub(crate) trait Task: Sized {
         encoder: &ModelEncoder<'_>,
         config: &TrainConfig<Self::Settings>,
     ) -> Result<Checked<Self::Example>>;
+
+    /// Settles what the settings name by relative paths, so that a run can be resumed from another folder.
+    fn settle(_config: &mut TrainConfig<Self::Settings>) {}
+
+    /// Loads what the objective needs and what may be refused, before the run's folder stands.
+    fn prepare(&self, _: &Job<Self>, _: &Pretrained, _: &CausalLm, _: Policy<'_>) -> Result<()> {
+        Ok(())
+    }
 
     /// What is optimized; it may complete the training and the held-out rows.
     fn objective(
@@ -53,6 +70,47 @@ pub(crate) trait Task: Sized {
         policy: Policy<'_>,
         rows: [&mut CheckedRows<Self::Example>; 2],
     ) -> Result<Box<dyn Objective<Example = Self::Example>>>;
+
+    /// The adapter in a folder, to train on or to measure.
+    fn load_adapter(&self, folder: &Path, model: &CausalLm) -> Result<Rc<dyn Adapter>> {
+        Ok(load_adapter(folder, model)?)
+    }
+
+    /// What is trained beside the adapter or the model: leaves by name.
+    fn leaves_beside(&self, _: &Pretrained, _: &CausalLm, _seed: u64) -> Result<Vec<(String, Tensor)>> {
+        Ok(vec![])
+    }
+
+    /// Writes the adapter, with what is trained beside it, into a folder of a checkpoint.
+    fn save_adapter(&self, adapter: &dyn Adapter, folder: &Path) -> pt_train::Result<()> {
+        Ok(adapter.save(folder)?)
+    }
+
+    /// Writes the model, with what is trained beside it, into a folder of a checkpoint.
+    fn save_model(&self, folder: &Path, pretrained: &Pretrained, model: &CausalLm) -> pt_train::Result<()> {
+        save_model(folder, pretrained, model, MAX_SHARD_BYTES)
+    }
+
+    /// What the report tells of the held-out rows beside the metrics; `pass` runs the weights of its step.
+    fn findings(
+        &self,
+        _job: &Job<Self>,
+        _objective: &mut dyn Objective<Example = Self::Example>,
+        _pass: &Pass<'_>,
+        _eval: &CheckedRows<Self::Example>,
+    ) -> Result<Findings> {
+        Ok(Findings::default())
+    }
+}
+
+/// Largest size of one weight file of a checkpoint.
+pub(crate) const MAX_SHARD_BYTES: usize = 5_000_000_000;
+
+/// What was found on held-out rows.
+#[derive(Default)]
+pub(crate) struct Findings {
+    pub(crate) figures: Vec<Figure>,
+    pub(crate) tables: Vec<DataTable>,
 }
 
 /// Rows that passed the pre-flight.

@@ -8,9 +8,10 @@ use crate::run_command::{RunCommand, absolute, agreed, dtype_name};
 use crate::talk::{self, Misused, Usage};
 use crate::task::Task;
 use anyhow::Result;
-use pt_model::{CausalLm, Pretrained};
+use pt_model::CausalLm;
 use pt_peft::{Method, MethodConfig};
-use pt_tensor::parse_kind;
+use pt_rlhf::RewardModel;
+use pt_tensor::{Device, Kind, parse_kind};
 use pt_train::config::{fields_text, load_config, parse_set, to_commented_yaml, to_yaml};
 use pt_train::data::{ReadOptions, read_rows};
 use pt_train::run_dir::RunDir;
@@ -61,17 +62,33 @@ pub(crate) struct TrainArgs {
     samples: Option<usize>,
     /// Continue the run in --output from its last checkpoint; it remembers model, data and settings.
     #[arg(long)]
-    resume: bool,
+    pub(crate) resume: bool,
     /// Check the data, show what would be trained, and stop.
     #[arg(long)]
-    dry_run: bool,
+    pub(crate) dry_run: bool,
     /// Print the resolved configuration, with a comment on each field, and stop.
     #[arg(long)]
     print_config: bool,
 }
 
-/// Runs a command that trains.
-pub(crate) fn run<T: Task>(args: TrainArgs, task: T) -> Result<ExitCode> {
+/// What a command that trains begins with, from its flags and from what a resumed run keeps.
+pub(crate) struct Prepared<O> {
+    pub(crate) config: TrainConfig<O>,
+    /// What the run was started with.
+    pub(crate) command: RunCommand,
+    /// The same of the resumed run, as it was kept.
+    pub(crate) kept: Option<RunCommand>,
+    pub(crate) flags: ModelArgs,
+    pub(crate) device: Device,
+    pub(crate) kind: Kind,
+    pub(crate) weights: BaseFormat,
+    pub(crate) output: PathBuf,
+    /// The run that is resumed.
+    pub(crate) run: Option<RunDir>,
+}
+
+/// Settles flags, settings and folders before anything is loaded; `None` once --print-config is done.
+pub(crate) fn prepare<O: ObjectiveConfig>(args: &TrainArgs, task: &str) -> Result<Option<Prepared<O>>> {
     let mut sets = args.set.iter().map(|text| parse_set(text)).collect::<Result<Vec<_>, _>>()?;
     if let Some(method) = &args.peft {
         let method = if method == "none" { "null".into() } else { method.replace('-', "_") };
@@ -81,7 +98,7 @@ pub(crate) fn run<T: Task>(args: TrainArgs, task: T) -> Result<ExitCode> {
         Some(output) if args.resume => RunCommand::load(output)?,
         _ => None,
     };
-    if let (Some(kept), Some(output)) = (kept.as_ref().filter(|kept| kept.task() != T::COMMAND), &args.output) {
+    if let (Some(kept), Some(output)) = (kept.as_ref().filter(|kept| kept.task() != task), &args.output) {
         return Err(Misused {
             message: format!("{} is a run of `pt {}`", output.display(), kept.task()),
             hint: format!("go on with it by: {}", kept.resume(output)),
@@ -91,11 +108,11 @@ pub(crate) fn run<T: Task>(args: TrainArgs, task: T) -> Result<ExitCode> {
     // A resumed run goes on with its own configuration unless another is named.
     let saved = args.output.as_ref().filter(|_| args.resume).map(|run| run.join("config.yaml"));
     let saved = saved.filter(|path| path.exists());
-    let mut config: TrainConfig<T::Settings> = load_config(args.config.as_deref().or(saved.as_deref()), &sets)?;
+    let mut config: TrainConfig<O> = load_config(args.config.as_deref().or(saved.as_deref()), &sets)?;
     if args.print_config {
         config.validate()?;
         talk::put(to_commented_yaml(&config)?.as_bytes())?;
-        return Ok(ExitCode::SUCCESS);
+        return Ok(None);
     }
     let output = args.output.clone().ok_or_else(|| Usage("give --output, the folder of the run".into()))?;
     interrupts::watch();
@@ -104,16 +121,13 @@ pub(crate) fn run<T: Task>(args: TrainArgs, task: T) -> Result<ExitCode> {
     if !args.resume && !args.dry_run {
         RunDir::check_free(&output)?;
     }
-    let mut command = settle(T::COMMAND, &args, kept.clone().unwrap_or_default(), &output)?;
+    let mut command = settle(task, args, kept.clone().unwrap_or_default(), &output)?;
     let adapter = command.adapter.clone().map(PathBuf::from);
     if let Some(folder) = &adapter {
         take_settings_of(folder, &mut config, &sets)?;
     }
     config.validate()?;
-    let weights = match command.weights.as_str() {
-        "nf4" => BaseFormat::Nf4,
-        _ => BaseFormat::AsStored,
-    };
+    let weights = BaseFormat::of_name(&command.weights);
     if config.peft.is_none() && weights == BaseFormat::Nf4 {
         let text =
             "--weights is nf4 and peft is null: weights in 4 bits are frozen, only a method over them is trained";
@@ -139,6 +153,15 @@ pub(crate) fn run<T: Task>(args: TrainArgs, task: T) -> Result<ExitCode> {
             agreed("--dtype", named, kept, &output)?.unwrap_or(auto).into()
         }
     };
+    let kind = parse_kind(&command.dtype)?.kind(device);
+    Ok(Some(Prepared { config, command, kept, flags, device, kind, weights, output, run }))
+}
+
+/// Runs a command that trains.
+pub(crate) fn run<T: Task>(args: TrainArgs, task: T) -> Result<ExitCode> {
+    let Some(prepared) = prepare::<T::Settings>(&args, T::COMMAND)? else { return Ok(ExitCode::SUCCESS) };
+    let Prepared { mut config, command, kept, flags, device, kind, weights, output, run } = prepared;
+    T::settle(&mut config);
     let reading = ReadOptions { preferences: T::TAKES_LABELS, ..config.data.read_options() };
     let paths = |texts: &[String]| texts.iter().map(PathBuf::from).collect::<Vec<_>>();
     let job = Job {
@@ -146,7 +169,7 @@ pub(crate) fn run<T: Task>(args: TrainArgs, task: T) -> Result<ExitCode> {
         model_path: flags.path()?,
         adapter: flags.adapter.clone(),
         device,
-        kind: parse_kind(&command.dtype)?.kind(device),
+        kind,
         rows: read_rows(&paths(&command.data), &reading)?,
         eval_rows: match command.eval_data.is_empty() {
             true => vec![],
@@ -156,11 +179,11 @@ pub(crate) fn run<T: Task>(args: TrainArgs, task: T) -> Result<ExitCode> {
         again: command.resume(&output),
         output,
         resume: args.resume,
-        num_samples: command.samples.unwrap_or(0),
+        num_samples: if T::ANSWERS { command.samples.unwrap_or(0) } else { 0 },
         command: Some(command),
         files: vec![],
     };
-    let pretrained = Pretrained::open(&job.model_path)?;
+    let pretrained = T::open(&job.model_path)?;
     let checked = job.check(&pretrained)?;
     if args.dry_run {
         let window = job.config.batch.batch_size.saturating_mul(job.config.batch.accumulation);
@@ -208,12 +231,17 @@ fn say_complete(run: &Path, standing: &Standing) {
 
 /// What stands below the options of `--help`.
 pub(crate) fn help_on_fields<T: Task>() -> String {
+    help_on::<T::Settings>(T::ROWS)
+}
+
+/// The same of a command by its settings and the forms of its rows.
+pub(crate) fn help_on<O: ObjectiveConfig>(rows: &str) -> String {
     format!(
         "Rows of --data: {}.\n\nMethods of --peft: {}.\n\nFields of --set and --config, with their defaults. \
          peft=null trains all weights.\n\n{}",
-        T::ROWS,
+        rows,
         Method::ALL.map(Method::name).join(", "),
-        fields_text::<TrainConfig<T::Settings>>()
+        fields_text::<TrainConfig<O>>()
     )
 }
 
@@ -221,12 +249,7 @@ pub(crate) fn help_on_fields<T: Task>() -> String {
 fn settle(task: &str, args: &TrainArgs, kept: RunCommand, run: &Path) -> Result<RunCommand> {
     let list = |paths: &[PathBuf]| paths.iter().map(|path| absolute(&path.to_string_lossy())).collect::<Vec<_>>();
     let some = |list: Vec<String>| Some(list).filter(|list| !list.is_empty());
-    // A run of a version without the flag began as it does without it.
-    let kept_weights = match (kept.weights.as_str(), kept.model.is_empty()) {
-        ("", true) => None,
-        ("", false) => Some(BaseFormat::AsStored.name().to_string()),
-        _ => Some(kept.weights.clone()),
-    };
+    let kept_weights = kept.kept_weights();
     let kept_model = Some(kept.model).filter(|model| !model.is_empty());
     let missing = |flag| Usage(format!("give {flag}: {} does not say which it was", run.display()));
     let adapter = args.adapter.as_deref().map(adapter_folder).transpose()?;
@@ -248,24 +271,44 @@ fn settle(task: &str, args: &TrainArgs, kept: RunCommand, run: &Path) -> Result<
 }
 
 /// An adapter that is trained on brings its own settings, which the run's configuration then shows.
-fn take_settings_of(
+fn take_settings_of<O: ObjectiveConfig>(
     adapter: &Path,
-    config: &mut TrainConfig<impl ObjectiveConfig>,
+    config: &mut TrainConfig<O>,
     sets: &[(String, String)],
 ) -> Result<()> {
     if config.peft.is_none() {
         let text = "peft is null, which trains all weights, and --adapter names an adapter to train: leave one out";
         return Err(Usage(text.into()).into());
     }
-    let settings = MethodConfig::from_folder(adapter)?;
+    let mut settings = match RewardModel::is_adapter(adapter)? {
+        true => RewardModel::adapter_settings(adapter)?,
+        false => MethodConfig::from_folder(adapter)?,
+    };
     settings.check_can_go_on(adapter)?;
+    // How it is trained is no part of an adapter's file.
+    let of_training = "lora.loraplus_lr_ratio";
+    let mut bare = TrainConfig::<O>::default();
+    bare.lora.loraplus_lr_ratio = config.lora.loraplus_lr_ratio;
+    if let MethodConfig::Lora(lora) = &mut settings {
+        lora.loraplus_lr_ratio = config.lora.loraplus_lr_ratio;
+    }
     let is_of_method = |key: &str| {
         let section = key.split('.').next().unwrap_or(key);
-        section == "peft" || Method::ALL.iter().any(|method| method.name() == section)
+        key != of_training && (section == "peft" || Method::ALL.iter().any(|method| method.name() == section))
     };
     if let Some((key, value)) = sets.iter().find(|(key, _)| is_of_method(key)) {
         return Err(Usage(format!(
             "--set {key}={value} beside --adapter: the settings of {} hold; leave one out",
+            adapter.display()
+        ))
+        .into());
+    }
+    // A resumed run's configuration shows the adapter's own settings.
+    let section = config.settings_of(settings.method());
+    if section != settings && section != bare.settings_of(settings.method()) {
+        return Err(Usage(format!(
+            "the configuration has settings in `{}`, and --adapter is given: those of {} hold; leave them out",
+            settings.method().name(),
             adapter.display()
         ))
         .into());

@@ -204,6 +204,9 @@ pub struct LossConfig {
     pub ld_alpha: Option<f64>,
     /// Reward taken off per token (R-DPO), so that length alone is not preferred.
     pub length_penalty: f64,
+    /// How much of the difference of a list's `scores` is taken as a margin; 0 leaves scores to say which completion is
+    /// better. A row's own `margin` counts as it stands.
+    pub margin_scale: f64,
     /// Width of `discopop`'s blend, over 0 to 1.
     pub discopop_tau: f64,
     /// Target margin of `simpo`.
@@ -228,6 +231,7 @@ impl Default for LossConfig {
             wpo: false,
             ld_alpha: None,
             length_penalty: 0.0,
+            margin_scale: 0.0,
             discopop_tau: 0.05,
             simpo_gamma: 0.5,
             desirable_weight: 1.0,
@@ -250,6 +254,11 @@ impl LossConfig {
     /// Whether the losses take single completions and not pairs.
     pub fn is_unpaired(&self) -> bool {
         self.loss_type.iter().any(|loss| loss.is_unpaired())
+    }
+
+    /// The first loss that has no place for a margin.
+    pub fn without_margin(&self) -> Option<Loss> {
+        self.loss_type.iter().copied().find(|loss| !loss.takes_margin() && *loss != Loss::Sft)
     }
 
     /// Weight of the chosen completion's −log p beside the losses.
@@ -326,6 +335,10 @@ impl LossConfig {
             let why = "there is no difference of rewards to take it from";
             faults.extend(refuse("length_penalty", &|l| !l.takes_margin() && l != Loss::Sft, why));
         }
+        if self.margin_scale != 0.0 {
+            let why = "there is no difference of rewards to take a margin from";
+            faults.extend(refuse("margin_scale", &|l| !l.takes_margin() && l != Loss::Sft, why));
+        }
         if self.wpo {
             let sorts = |l: Loss| matches!(l, Loss::Aot | Loss::AotUnpaired);
             faults.extend(refuse("wpo", &sorts, "sorting parts the weights from their pairs"));
@@ -340,6 +353,55 @@ impl LossConfig {
             }
         }
         faults
+    }
+
+    /// Settings that are not at their defaults and that none of the losses looks at, a fault each.
+    pub fn unused(&self) -> Vec<String> {
+        let default = Self::default();
+        let has = |loss| self.loss_type.contains(&loss);
+        let has_nll = self.nll_weight() > 0.0 || has(Loss::Sft);
+        let is_alpha = self.f_divergence == FDivergence::AlphaDivergence;
+        let average = |average| if average == NllAverage::Tokens { "tokens" } else { "sequences" }.to_string();
+        let number = |value: f64| value.to_string();
+        let of_kto = "a loss on single completions";
+        [
+            (
+                "desirable_weight",
+                number(self.desirable_weight),
+                number(default.desirable_weight),
+                self.is_unpaired(),
+                of_kto,
+            ),
+            (
+                "undesirable_weight",
+                number(self.undesirable_weight),
+                number(default.undesirable_weight),
+                self.is_unpaired(),
+                of_kto,
+            ),
+            ("simpo_gamma", number(self.simpo_gamma), number(default.simpo_gamma), has(Loss::Simpo), "`simpo`"),
+            (
+                "discopop_tau",
+                number(self.discopop_tau),
+                number(default.discopop_tau),
+                has(Loss::Discopop),
+                "`discopop`",
+            ),
+            (
+                "f_alpha_divergence_coef",
+                number(self.f_alpha_divergence_coef),
+                number(default.f_alpha_divergence_coef),
+                is_alpha,
+                "f_divergence `alpha_divergence`",
+            ),
+            ("nll_average", average(self.nll_average), average(default.nll_average), has_nll, "nll_weight or `sft`"),
+        ]
+        .into_iter()
+        .filter(|(_, value, default, is_used, _)| !is_used && value != default)
+        .map(|(name, value, default, _, user)| {
+            format!("{name} is {value}, expected {default}: only {user} has use for it")
+        })
+        .collect()
     }
 
     /// Numbers outside their ranges.
@@ -368,7 +430,12 @@ impl LossConfig {
         }
         let tau = self.discopop_tau;
         check("discopop_tau", tau, tau > 0.0 && tau <= 1.0, "over 0 to 1");
-        for (name, value) in [("length_penalty", self.length_penalty), ("simpo_gamma", self.simpo_gamma)] {
+        let numbers = [
+            ("length_penalty", self.length_penalty),
+            ("margin_scale", self.margin_scale),
+            ("simpo_gamma", self.simpo_gamma),
+        ];
+        for (name, value) in numbers {
             check(name, value, is_at_least_0(value), "at least 0");
         }
         for (name, value) in
@@ -469,5 +536,26 @@ mod tests {
         assert!(fault(penalty).contains("length_penalty does not go with `aot`"));
         assert!(fault(LossConfig { wpo: true, ..LossConfig::of(Loss::Aot) }).contains("sorting"));
         assert!(fault(LossConfig { wpo: true, ..LossConfig::of(Loss::Kto) }).contains("it takes pairs"));
+        let scaled = LossConfig { margin_scale: 0.1, ..LossConfig::of(Loss::NcaPair) };
+        assert!(fault(scaled).contains("margin_scale does not go with `nca_pair`"));
+    }
+
+    #[test]
+    fn settings_that_no_loss_looks_at_are_told() {
+        let config = LossConfig {
+            desirable_weight: 2.0,
+            undesirable_weight: 2.0,
+            simpo_gamma: 1.0,
+            discopop_tau: 0.1,
+            f_alpha_divergence_coef: 0.3,
+            nll_average: NllAverage::Sequences,
+            ..LossConfig::default()
+        };
+        assert_eq!(config.unused().len(), 6, "{:?}", config.unused());
+        assert_eq!(config.unused()[2], "simpo_gamma is 1, expected 0.5: only `simpo` has use for it");
+        assert_eq!(LossConfig { nll_weight: Some(1.0), ..config.clone() }.unused().len(), 5);
+        for loss in Loss::ALL {
+            assert_eq!(LossConfig::of(loss).unused(), [""; 0], "{loss:?}");
+        }
     }
 }

@@ -28,6 +28,12 @@ pub enum DpoError {
         /// What it should be.
         expected: String,
     },
+    /// KTO's point of reference needs completions of other prompts, and there is only one prompt.
+    #[error("`kto` pairs each prompt with a completion of another one, and all {num_rows} rows have the same prompt")]
+    OnePrompt {
+        /// Rows, once those of one prompt are joined.
+        num_rows: usize,
+    },
     /// Something that the loss is computed from was not given.
     #[error("`{needed_by}` needs `{what}`, which is absent")]
     Missing {
@@ -45,6 +51,9 @@ impl DpoError {
             Self::Tensor(error) => error.hint(),
             Self::Missing { what: "reference", .. } => {
                 Some("give the reference's log-probs, or take `simpo`, `cpo` or `orpo`, which have no reference".into())
+            }
+            Self::OnePrompt { .. } => {
+                Some("give rows of other prompts, or take `apo_zero_unpaired`, which has no point of reference".into())
             }
             Self::Missing { what: "lengths", .. } => {
                 Some("give the scored tokens of each completion (`completion_lengths` counts them)".into())

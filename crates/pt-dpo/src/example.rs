@@ -1,7 +1,7 @@
 //! Preference rows as the trainer takes them.
 
-use crate::LossConfig;
-use pt_train::data::{Completion, PreferenceGroup, PromptGroup};
+use crate::{DpoError, Loss, LossConfig, Result};
+use pt_train::data::{PreferenceGroup, PromptGroup};
 use pt_train::objective::Example;
 
 /// A preference row with what the losses need beside it.
@@ -9,7 +9,7 @@ use pt_train::objective::Example;
 pub struct DpoExample {
     /// The prompt, its completions, and what was judged of them.
     pub preference: PreferenceGroup,
-    /// KTO's point of reference: this prompt with a completion of the next row.
+    /// KTO's point of reference: this prompt with a completion of another one.
     pub mismatched: Option<PromptGroup>,
     /// The reference's log-probs of the scored tokens, where they were computed once.
     pub reference: Option<ReferenceLogprobs>,
@@ -25,22 +25,36 @@ pub struct ReferenceLogprobs {
 }
 
 impl DpoExample {
-    /// Takes checked rows; for KTO each is paired with a completion of the next one, as in its paper.
-    pub fn from_groups(groups: Vec<PreferenceGroup>, loss: &LossConfig) -> Vec<Self> {
-        let needs_mismatch = loss.loss_type.contains(&crate::Loss::Kto);
-        let next: Vec<Completion> = match needs_mismatch {
-            true => (1..=groups.len()).map(|next| groups[next % groups.len()].group.completions[0].clone()).collect(),
-            false => vec![],
-        };
-        let mismatched = |index: usize, group: &PreferenceGroup| {
-            next.get(index).map(|completion| PromptGroup::single(group.group.prompt.clone(), completion.clone()))
-        };
-        let example = |(index, preference): (usize, PreferenceGroup)| Self {
-            mismatched: mismatched(index, &preference),
-            preference,
-            reference: None,
-        };
-        groups.into_iter().enumerate().map(example).collect()
+    /// Takes checked rows of at most `max_length` tokens; for KTO each is paired with a completion of the next one that
+    /// has another prompt, as in its paper, cut to the room that `max_length` leaves.
+    ///
+    /// Labelled rows of one prompt are best [joined](pt_train::data::join_labels) first.
+    ///
+    /// # Errors
+    /// [`DpoError::OnePrompt`] for KTO when all rows have the same prompt.
+    pub fn from_groups(groups: Vec<PreferenceGroup>, loss: &LossConfig, max_length: usize) -> Result<Vec<Self>> {
+        let mut mismatched: Vec<Option<PromptGroup>> = vec![None; groups.len()];
+        if loss.loss_type.contains(&Loss::Kto) {
+            let prompt = |row: usize| &groups[row].group.prompt;
+            // The next row with another prompt, from the last row to the first: the neighbour, or the neighbour's where the
+            // two share a prompt. The last row's is looked for from the front.
+            let missing = || DpoError::OnePrompt { num_rows: groups.len() };
+            let mut next = 0;
+            for row in (0..groups.len()).rev() {
+                if row + 1 == groups.len() {
+                    next = (0..row).find(|other| prompt(*other) != prompt(row)).ok_or_else(missing)?;
+                } else if prompt(row + 1) != prompt(row) {
+                    next = row + 1;
+                }
+                let mut completion = groups[next].group.completions[0].clone();
+                let room = max_length.saturating_sub(prompt(row).len());
+                completion.token_ids.truncate(room);
+                completion.is_label.truncate(room);
+                mismatched[row] = Some(PromptGroup::single(prompt(row).clone(), completion));
+            }
+        }
+        let example = |(preference, mismatched)| Self { mismatched, preference, reference: None };
+        Ok(groups.into_iter().zip(mismatched).map(example).collect())
     }
 }
 

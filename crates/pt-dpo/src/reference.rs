@@ -189,13 +189,17 @@ pub fn precompute(
 /// What the file's sets are named.
 const SETS: [&str; 2] = ["train", "eval"];
 
-/// Writes log-probs that were computed once, of training and held-out rows.
+/// The metadata that says whose log-probs they are.
+const IDENTITY: &str = "reference";
+
+/// Writes log-probs that were computed once, of training and held-out rows; `identity` says of which reference, by a hash
+/// of its weights, say.
 ///
 /// # Errors
 /// When the file cannot be written.
-pub fn save_reference(path: &Path, sets: [&[DpoExample]; 2]) -> Result<()> {
+pub fn save_reference(path: &Path, sets: [&[DpoExample]; 2], identity: &str) -> Result<()> {
     let mut tensors = Vec::new();
-    let mut metadata = Vec::new();
+    let mut metadata = vec![(IDENTITY.to_string(), identity.to_string())];
     for (name, examples) in SETS.into_iter().zip(sets) {
         let kept = || examples.iter().filter_map(|example| example.reference.as_ref());
         let column = |of: fn(&ReferenceLogprobs) -> &[f32]| kept().flat_map(of).copied().collect::<Vec<f32>>();
@@ -207,13 +211,20 @@ pub fn save_reference(path: &Path, sets: [&[DpoExample]; 2]) -> Result<()> {
     Ok(save_safetensors(path, &tensors, &metadata)?)
 }
 
-/// Reads what [`save_reference`] wrote for the same rows.
+/// Reads what [`save_reference`] wrote for the same rows and the same reference.
 ///
 /// # Errors
-/// [`TrainError::Config`] when it was written for other rows, and when the file is damaged.
-pub fn load_reference(path: &Path, sets: [&mut [DpoExample]; 2]) -> Result<()> {
+/// [`TrainError::Config`] when it was written for other rows or another reference, and when the file is damaged.
+pub fn load_reference(path: &Path, sets: [&mut [DpoExample]; 2], identity: &str) -> Result<()> {
     let reader = SafetensorsReader::open(path)?;
     let fault = |message: String| TrainError::Config { place: path.display().to_string(), message };
+    if reader.metadata().get(IDENTITY).is_none_or(|found| found != identity) {
+        return Err(fault(
+            "holds the log-probs of another reference: resume with the one that the run began with, or delete the file \
+             to compute them again"
+                .into(),
+        ));
+    }
     for (name, examples) in SETS.into_iter().zip(sets) {
         let found = reader.metadata().get(&format!("{name}.rows"));
         if found != Some(&pt_train::train::fingerprint(examples)) {
@@ -236,8 +247,10 @@ pub fn load_reference(path: &Path, sets: [&mut [DpoExample]; 2]) -> Result<()> {
             });
         }
         let is_short = |example: &DpoExample| {
-            let kept = example.reference.as_ref().map_or(0, |kept| kept.completions.len());
-            kept != example.preference.group.num_labels()
+            let kept =
+                example.reference.as_ref().map_or((0, 0), |kept| (kept.completions.len(), kept.mismatched.len()));
+            let num_mismatched = example.mismatched.as_ref().map_or(0, PromptGroup::num_labels);
+            kept != (example.preference.group.num_labels(), num_mismatched)
         };
         if completions.len() + mismatched.len() > 0 || examples.iter().any(is_short) {
             return Err(fault("is damaged: it holds another number of log-probs than the rows have tokens".into()));

@@ -52,9 +52,16 @@ impl ObjectiveConfig for DpoConfig {
 
     fn faults(&self) -> Vec<String> {
         let mut faults = self.loss.faults();
+        faults.extend(self.loss.unused());
         let ReferenceConfig { model, adapter, precompute: _, sync_every, sync_mixup } = &self.reference;
         if !(*sync_mixup > 0.0 && *sync_mixup <= 1.0) {
             faults.push(format!("reference.sync_mixup is {sync_mixup}, expected over 0 to 1"));
+        }
+        if *sync_every == 0 && *sync_mixup != ReferenceConfig::default().sync_mixup {
+            faults.push(format!(
+                "reference.sync_mixup is {sync_mixup}, expected {}: reference.sync_every is 0, so the reference does not move",
+                ReferenceConfig::default().sync_mixup
+            ));
         }
         let is_other = model.is_some() || adapter.is_some();
         if is_other && *sync_every > 0 {

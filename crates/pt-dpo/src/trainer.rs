@@ -3,8 +3,8 @@
 use crate::example::DpoExample;
 use crate::reference::Reference;
 use crate::{
-    DpoError, LossConfig, LossOutput, PairBatch, PairLogps, UnpairedBatch, completion_lengths, kl_estimate, ld_logps,
-    preference_loss, preference_metrics, sum_logps, unpaired_loss, unpaired_metrics, wpo_weights,
+    DpoError, LossConfig, LossOutput, NllAverage, PairBatch, PairLogps, UnpairedBatch, completion_lengths, kl_estimate,
+    ld_logps, preference_loss, preference_metrics, sum_logps, unpaired_loss, unpaired_metrics, wpo_weights,
 };
 use pt_model::{PackedBatch, PromptGroup};
 use pt_tensor::{Kind, LabelLogprobs, LabelOutput, Tensor, no_grad};
@@ -18,6 +18,9 @@ use pt_train::{Result, TrainError};
 pub const ACCURACY: &str = "rewards/accuracies";
 /// Share of pairs whose chosen completion is the more probable one under the policy alone.
 pub const LOGPS_ACCURACY: &str = "logps/accuracies";
+
+/// By how much the chosen rewards lead.
+const MARGINS: &str = "rewards/margins";
 
 /// Preference training with one or more of the crate's losses.
 ///
@@ -52,6 +55,11 @@ impl Sums {
     fn means(&self) -> Vec<(&'static str, f64)> {
         let mut means: Vec<(&'static str, f64)> =
             self.values.iter().map(|(name, sum, count)| (*name, sum / count)).collect();
+        let mean = |name| means.iter().find(|(known, _)| *known == name).map(|(_, mean)| *mean);
+        if let (None, Some((chosen, rejected))) = (mean(MARGINS), mean("rewards/chosen").zip(mean("rewards/rejected")))
+        {
+            means.push((MARGINS, chosen - rejected));
+        }
         means.sort_by_key(|(name, _)| *name != ACCURACY);
         means
     }
@@ -141,10 +149,12 @@ impl Dpo {
         let (mut margins, mut weights) = (Vec::new(), Vec::new());
         let mut first = 0;
         for example in examples {
+            // A difference of scores is in the judge's unit: it enters as far as the settings say.
+            let scale = if example.preference.judgement.states_margin() { 1.0 } else { self.config.margin_scale };
             for Pair { chosen: one, rejected: other, margin } in example.preference.pairs() {
                 chosen.push(first + one as i64);
                 rejected.push(first + other as i64);
-                margins.push(margin as f32);
+                margins.push((scale * margin) as f32);
                 weights.push(example.preference.weight as f32);
             }
             first += example.preference.group.completions.len() as i64;
@@ -162,6 +172,14 @@ impl Dpo {
             PairBatch::new(logps_of(&out.logprobs)?).with_lengths(take(&lengths, &chosen), take(&lengths, &rejected));
         pairs.reference = reference.as_ref().map(logps_of).transpose()?;
         pairs.mean_chosen_length = Some(window.mean_chosen_length);
+        if self.config.ld_alpha.is_some() {
+            // LD-DPO's weights are the preference's alone: −log p counts every token alike.
+            let nll = -take(&sum_logps(&out.logprobs, &ids, num_completions)?, &chosen);
+            pairs.chosen_nll = Some(match self.config.nll_average {
+                NllAverage::Sequences => nll / take(&lengths, &chosen),
+                NllAverage::Tokens => nll / window.mean_chosen_length,
+            });
+        }
         pairs.margins = margins.iter().any(|margin| *margin != 0.0).then(|| column(&margins));
         pairs.weights = weights.iter().any(|weight| *weight != 1.0).then(|| column(&weights));
         if let Some(log_collision) = &out.log_collision {
@@ -216,6 +234,8 @@ impl Dpo {
         let num_desirable = labels.iter().filter(|label| **label).count() as f64;
         for (name, mean) in unpaired_metrics(&output, &rows) {
             let count = match name {
+                // Of the window's means, once they are known: micro-batches may hold one side only.
+                MARGINS => continue,
                 _ if name.ends_with("/chosen") => num_desirable,
                 _ if name.ends_with("/rejected") => labels.len() as f64 - num_desirable,
                 _ => labels.len() as f64,

@@ -59,8 +59,9 @@ impl Norm {
     fn forward(&self, hidden_states: &Tensor, sites: &dyn Sites) -> Result<Tensor> {
         let replaced = sites.parameter(&format!("{}.weight", self.path));
         let weight = replaced.as_ref().unwrap_or(&self.weight);
+        let replaced = self.bias.as_ref().and_then(|_| sites.parameter(&format!("{}.bias", self.path)));
+        sites.check()?;
         let Some(bias) = &self.bias else { return Ok(pt_tensor::rms_norm(hidden_states, weight, self.eps)?) };
-        let replaced = sites.parameter(&format!("{}.bias", self.path));
         let bias = replaced.as_ref().unwrap_or(bias);
         Ok(hidden_states.f_layer_norm(weight.size(), Some(weight), Some(bias), self.eps, false)?)
     }
@@ -289,7 +290,8 @@ impl CausalLm {
             loader.used.push("lm_head.weight".into());
             let weight: Rc<dyn Weight> = match format {
                 LinearFormat::Nf4 { options, arithmetic, with_output: true } => {
-                    Rc::new(Nf4Weight::quantize(&embedding, options)?.with_arithmetic(arithmetic))
+                    let stored = source.tensor(embed_path, Kind::Float, Device::Cpu)?;
+                    Rc::new(Nf4Weight::quantize_as(&stored, options, kind, device)?.with_arithmetic(arithmetic))
                 }
                 _ => Rc::new(DenseWeight::new(embedding.shallow_clone())?),
             };
@@ -589,6 +591,48 @@ impl CausalLm {
         self.final_norm.forward(&hidden_states, sites.as_ref())
     }
 
+    /// Normed hidden states of some tokens, `[num_positions, hidden_size]`, for their `positions` in the batch: what a head
+    /// over them reads (a value, a reward). `prompt_of_position` are the prompt groups that they belong to.
+    ///
+    /// # Errors
+    /// As [`hidden_states`](Self::hidden_states).
+    pub fn hidden_states_at(
+        &self,
+        batch: &PackedBatch,
+        (positions, prompt_of_position): (&Tensor, &[usize]),
+        sites: &Rc<dyn Sites>,
+        run: RunOptions,
+    ) -> Result<Tensor> {
+        let on_tokens = routed(sites, &batch.prompt_of_token)?;
+        let hidden_states = self.run_packed(batch, &on_tokens, run)?;
+        let states = hidden_states.f_index_select(0, positions)?;
+        self.final_norm.forward(&states, routed(sites, prompt_of_position)?.as_ref())
+    }
+
+    /// Normed hidden states that predict a batch's labels, `[num_labels, hidden_size]`.
+    ///
+    /// # Errors
+    /// As [`hidden_states`](Self::hidden_states).
+    pub fn label_states(&self, batch: &PackedBatch, sites: &Rc<dyn Sites>, run: RunOptions) -> Result<Tensor> {
+        self.hidden_states_at(batch, (&batch.label_positions, &batch.prompt_of_label), sites, run)
+    }
+
+    /// Log-probs of a batch's labels from the states that predict them, as [`label_states`](Self::label_states) gives them.
+    ///
+    /// # Errors
+    /// When the shapes do not fit.
+    pub fn logprobs_of_states(
+        &self,
+        states: &Tensor,
+        batch: &PackedBatch,
+        sites: &Rc<dyn Sites>,
+        options: &LabelLogprobs,
+    ) -> Result<LabelOutput> {
+        let sites = routed(sites, &batch.prompt_of_label)?;
+        let (states, weight) = sites.output(&self.lm_head, states)?;
+        Ok(pt_tensor::label_logprobs(&states, &weight, &batch.label_ids, options)?)
+    }
+
     /// Log-probs of a batch's labels, `[num_labels]`; only the states that predict are normed and projected.
     ///
     /// # Errors
@@ -600,13 +644,8 @@ impl CausalLm {
         run: RunOptions,
         options: &LabelLogprobs,
     ) -> Result<LabelOutput> {
-        let on_tokens = routed(sites, &batch.prompt_of_token)?;
-        let hidden_states = self.run_packed(batch, &on_tokens, run)?;
-        let predictors = hidden_states.f_index_select(0, &batch.label_positions)?;
-        let sites = routed(sites, &batch.prompt_of_label)?;
-        let predictors = self.final_norm.forward(&predictors, sites.as_ref())?;
-        let (predictors, weight) = sites.output(&self.lm_head, &predictors)?;
-        Ok(pt_tensor::label_logprobs(&predictors, &weight, &batch.label_ids, options)?)
+        let states = self.label_states(batch, sites, run)?;
+        self.logprobs_of_states(&states, batch, sites, options)
     }
 
     /// Logits of normed hidden states, `[.., vocab_size]`: for sampling and tests, not for training.
@@ -677,7 +716,11 @@ impl Loader<'_> {
     }
 
     fn tensor(&mut self, name: &str, shape: &[i64]) -> Result<Tensor> {
-        let tensor = self.source.tensor(name, self.kind, self.device)?;
+        self.tensor_as(name, shape, self.kind, self.device)
+    }
+
+    fn tensor_as(&mut self, name: &str, shape: &[i64], kind: Kind, device: Device) -> Result<Tensor> {
+        let tensor = self.source.tensor(name, kind, device)?;
         self.check_shape(name, &tensor.size(), shape)?;
         self.used.push(name.into());
         Ok(tensor)
@@ -720,16 +763,23 @@ impl Loader<'_> {
             self.used.push(name.into());
             return Ok(Rc::new(weight.with_arithmetic(arithmetic)));
         }
-        let dense = if is_transposed {
-            self.tensor(name, &[input, output])?.tr().contiguous()
-        } else {
-            self.tensor(name, &[output, input])?
+        let options = match self.format {
+            LinearFormat::Nf4 { options, with_output, .. } if with_output || name != "lm_head.weight" => Some(options),
+            _ => None,
         };
-        Ok(match self.format {
-            LinearFormat::Nf4 { options, with_output, .. } if with_output || name != "lm_head.weight" => {
-                Rc::new(Nf4Weight::quantize(&dense, options)?.with_arithmetic(arithmetic))
+        // What is quantized is read as it is stored, so that codes and scales do not depend on what products are computed in.
+        let (kind, device) = if options.is_some() { (Kind::Float, Device::Cpu) } else { (self.kind, self.device) };
+        let dense = if is_transposed {
+            self.tensor_as(name, &[input, output], kind, device)?.tr().contiguous()
+        } else {
+            self.tensor_as(name, &[output, input], kind, device)?
+        };
+        Ok(match options {
+            Some(options) => {
+                let weight = Nf4Weight::quantize_as(&dense, options, self.kind, self.device)?;
+                Rc::new(weight.with_arithmetic(arithmetic))
             }
-            _ => Rc::new(DenseWeight::new(dense)?),
+            None => Rc::new(DenseWeight::new(dense)?),
         })
     }
 

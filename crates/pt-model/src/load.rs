@@ -9,6 +9,7 @@ use crate::tokenizer::Tokenizer;
 use crate::{ModelError, Result};
 use pt_tensor::io::SafetensorsReader;
 use pt_tensor::{Device, Kind, Nf4Weight, Tensor, TensorError, Weight};
+use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Debug;
 use std::path::{Path, PathBuf};
@@ -273,7 +274,7 @@ impl GgufTensors {
 }
 
 /// Elements decoded at a time: enough for each of four threads to be worth starting.
-const PIECE: usize = 4 << 20;
+const PIECE: u64 = 4 << 20;
 
 impl TensorSource for GgufTensors {
     fn path(&self) -> &Path {
@@ -297,22 +298,30 @@ impl TensorSource for GgufTensors {
         let (stored, layout) =
             self.stored.get(name).ok_or_else(|| missing(self.gguf.path(), name, self.stored.keys()))?;
         let info = self.gguf.info(stored)?;
-        let mut bytes = self.gguf.bytes(stored)?;
-        if let Layout::InterleavedHeads { num_heads } = *layout {
-            bytes = deinterleave_heads(&bytes, info.shape[0], num_heads).ok_or_else(|| {
-                let expected = format!("rows in {num_heads} heads of even width");
-                TensorError::Shape { what: format!("tensor `{stored}`"), found: info.shape.clone(), expected }
-            })?;
-        }
-        // In pieces of whole blocks: the whole of an embedding in f32 would be the most that a 4-bit model ever takes.
+        let reordered = match *layout {
+            Layout::InterleavedHeads { num_heads } => {
+                let bytes = deinterleave_heads(&self.gguf.bytes(stored)?, info.shape[0], num_heads);
+                Some(bytes.ok_or_else(|| {
+                    let expected = format!("rows in {num_heads} heads of even width");
+                    TensorError::Shape { what: format!("tensor `{stored}`"), found: info.shape.clone(), expected }
+                })?)
+            }
+            _ => None,
+        };
+        // In pieces of whole blocks: an embedding in f32 beside its bytes would be the most that a 4-bit model ever takes.
         let (block_size, block_bytes) = info.ggml_type.block();
-        let blocks = PIECE / block_size as usize;
+        let piece_bytes = PIECE / block_size * block_bytes;
         let tensor = Tensor::f_empty(info.shape.as_slice(), (kind, Device::Cpu))?;
-        let (flat, mut start) = (tensor.f_view(-1)?, 0);
-        for bytes in bytes.chunks(blocks * block_bytes as usize) {
-            let elements = Tensor::f_from_slice(&self.gguf.dequantize_bytes(stored, info, bytes)?)?;
-            flat.f_narrow(0, start, elements.numel() as i64)?.f_copy_(&elements)?;
-            start += elements.numel() as i64;
+        let (flat, mut decoded) = (tensor.f_view(-1)?, 0);
+        for start in (0..info.num_bytes).step_by(piece_bytes as usize) {
+            let range = start..info.num_bytes.min(start + piece_bytes);
+            let bytes = match &reordered {
+                Some(bytes) => Cow::Borrowed(&bytes[range.start as usize..range.end as usize]),
+                None => Cow::Owned(self.gguf.part(info, range)?),
+            };
+            let elements = Tensor::f_from_slice(&self.gguf.dequantize_bytes(stored, info, &bytes)?)?;
+            flat.f_narrow(0, decoded, elements.numel() as i64)?.f_copy_(&elements)?;
+            decoded += elements.numel() as i64;
         }
         let tensor = if *layout == Layout::Transposed { tensor.f_t_copy()?.f_contiguous()? } else { tensor };
         Ok(tensor.f_to_kind(kind)?.f_to_device(device)?)

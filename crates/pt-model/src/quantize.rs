@@ -10,7 +10,8 @@ use serde_json::{Map, Value, json};
 type NamedTensor = (String, Tensor);
 
 /// The tensors of a checkpoint with its linear layers in NF4, and a `config.json` that says so: what transformers with
-/// bitsandbytes saves, and loads. Embeddings, norms and the output layer stay in `kind`, which is also what products are to be computed in.
+/// bitsandbytes saves, and loads. Embeddings, norms and the output layer stay in `kind`, which is also what products are to be computed in;
+/// codes and scales are those of the stored weights, as [`CausalLm::load_with`](crate::CausalLm::load_with) has them, whatever it is.
 ///
 /// One linear layer's dense weight is in memory at a time; `on_tensor` hears the name of each, and how many there are.
 ///
@@ -30,14 +31,14 @@ pub fn quantize_checkpoint(
         if source.nf4(name, kind, Device::Cpu)?.is_some() {
             return Err(ModelError::Unsupported { what: format!("quantizing `{name}`, which is in 4 bits already") });
         }
-        let tensor = source.tensor(name, kind, Device::Cpu)?;
-        if is_block_linear(name, &tensor.size()) {
+        if source.shape(name).is_some_and(|shape| is_block_linear(name, &shape)) {
+            let tensor = source.tensor(name, Kind::Float, Device::Cpu)?;
             // GPT-2 writes its weights [in_features, out_features]; in 4 bits they lie as every other model's.
             let is_transposed = pretrained.config.architecture == Architecture::Gpt2;
             let weight = if is_transposed { tensor.f_tr()?.f_contiguous()? } else { tensor };
-            tensors.extend(nf4_tensors(name, &weight, options)?);
+            tensors.extend(nf4_tensors(name, &weight, options, kind)?);
         } else {
-            tensors.push((name.clone(), tensor));
+            tensors.push((name.clone(), source.tensor(name, kind, Device::Cpu)?));
         }
     }
     Ok((tensors, quantized_config(&pretrained.config.raw, kind, options.double_quant)))

@@ -226,6 +226,14 @@ pub trait Sites: std::fmt::Debug {
         Ok(None)
     }
 
+    /// The fault that a site found which cannot give one, [`parameter`](Self::parameter), unless another site gave it meanwhile.
+    ///
+    /// # Errors
+    /// That fault.
+    fn check(&self) -> Result<()> {
+        Ok(())
+    }
+
     /// Switches on or off what is random in training only (dropout), off at first; returns whether it was on.
     fn set_training(&self, _is_training: bool) -> bool {
         false

@@ -85,19 +85,6 @@ impl Base<'_> {
         Some((format!("{}.weight", embedding.path), output))
     }
 
-    /// Every parameter by name; of layers alone, their weights and biases.
-    pub(crate) fn named_parameters(&self) -> Result<Vec<(String, Tensor)>> {
-        if let Some(model) = self.model {
-            return Ok(model.named_parameters()?);
-        }
-        let mut all = Vec::new();
-        for layer in &self.layers {
-            all.push((format!("{}.weight", layer.path), layer.weight.dense()?));
-            all.extend(layer.bias.iter().map(|bias| (format!("{}.bias", layer.path), bias.shallow_clone())));
-        }
-        Ok(all)
-    }
-
     /// Every bias by its name.
     pub(crate) fn biases(&self) -> Vec<(String, Tensor)> {
         let of_layer = |layer: &&Linear| Some((format!("{}.bias", layer.path), layer.bias.as_ref()?.shallow_clone()));
@@ -106,10 +93,16 @@ impl Base<'_> {
 
     /// A parameter by its name.
     pub(crate) fn parameter(&self, name: &str) -> Result<Option<Tensor>> {
-        match self.model {
-            Some(model) => Ok(model.parameter(name)),
-            None => Ok(self.named_parameters()?.into_iter().find(|(own, _)| own == name).map(|(_, tensor)| tensor)),
+        if let Some(model) = self.model {
+            return Ok(model.parameter(name));
         }
+        let Some((module, part)) = name.rsplit_once('.') else { return Ok(None) };
+        let Some(layer) = self.layers.iter().find(|layer| layer.path == module) else { return Ok(None) };
+        Ok(match part {
+            "weight" => Some(layer.weight.dense()?),
+            "bias" => layer.bias.as_ref().map(Tensor::shallow_clone),
+            _ => None,
+        })
     }
 
     /// Whether a value is that of the parameter of this name.

@@ -64,7 +64,7 @@ impl BitfitConfig {
             base_model_name_or_path: fields.get("base_model_name_or_path", "a name or a path")?,
             revision: fields.get("revision", "a revision")?,
         };
-        config.validate()?;
+        config.validate().map_err(|error| error.in_file(path))?;
         Ok(config)
     }
 
@@ -97,6 +97,8 @@ struct Bias {
     value: Tensor,
     /// Whether the model has none here, so that the value started at zero.
     is_new: bool,
+    /// Whether it is of a linear layer, and not of a norm.
+    is_of_layer: bool,
 }
 
 impl Biases {
@@ -145,7 +147,8 @@ impl Biases {
                 (None, None) => continue,
             };
             let (name, is_new) = (format!("{path}.bias"), !own.contains_key(path));
-            by_path.insert(path.to_string(), Bias { name, value: value.set_requires_grad(true), is_new });
+            let is_of_layer = base.layers.iter().any(|layer| layer.path == path);
+            by_path.insert(path.to_string(), Bias { name, value: value.set_requires_grad(true), is_new, is_of_layer });
         }
         Ok(Self { by_path, kind: base.kind() })
     }
@@ -158,6 +161,11 @@ impl Biases {
     /// By name, in the order of names.
     pub(crate) fn iter(&self) -> impl Iterator<Item = (&str, &Tensor)> {
         self.by_path.values().map(|bias| (bias.name.as_str(), &bias.value))
+    }
+
+    /// Names of those that take the place of the model's: of norms. On a linear layer two add up.
+    pub(crate) fn replaced(&self) -> Vec<&str> {
+        self.by_path.values().filter(|bias| !bias.is_of_layer).map(|bias| bias.name.as_str()).collect()
     }
 
     /// How many there are, and how many of them the model had no parameter for.
@@ -180,28 +188,32 @@ impl Biases {
         if self.by_path.is_empty() { None } else { self.by_path.get(&layer.path) }
     }
 
-    /// The layer with its trained bias; none where its bias is not trained.
+    /// A layer with its trained bias, as [`Sites::linear`] of an adapter of these biases in this state.
     ///
     /// Nothing is kept for the backward pass: the gradient of a bias is a sum over the gradient of the output.
-    pub(crate) fn linear(&self, layer: &Linear, hidden_states: &Tensor) -> Result<Option<Tensor>> {
-        let Some(bias) = self.get(layer) else { return Ok(None) };
+    pub(crate) fn linear(&self, state: &State, layer: &Linear, hidden_states: &Tensor) -> Result<Tensor> {
+        let Some(bias) = self.get(layer).filter(|_| state.is_live()) else { return Ok(layer.forward(hidden_states)?) };
         let value = for_use(&bias.value).to_kind(hidden_states.kind());
         if bias.is_new {
             // Added to the product that the base has: one with a bias of zero may sum in another order.
-            return Ok(Some(layer.weight.project(hidden_states, None)? + value));
+            return Ok(layer.weight.project(hidden_states, None)? + value);
         }
-        Ok(Some(layer.weight.project(hidden_states, Some(&value))?))
+        Ok(layer.weight.project(hidden_states, Some(&value))?)
     }
 
-    /// What a layer's output lacks where its own bias is already in it.
-    pub(crate) fn difference(&self, layer: &Linear, kind: Kind) -> Option<Tensor> {
-        let bias = &self.get(layer)?.value;
+    /// A layer's output, in which its own bias is already, with the trained one: [`Adapter::around_linear`].
+    pub(crate) fn around(&self, state: &State, layer: &Linear, output: Tensor) -> Tensor {
+        let Some(bias) = self.get(layer).filter(|_| state.is_live()) else { return output };
         let own = layer.bias.as_ref().map(|own| own.detach().to_kind(Kind::Float));
-        Some(own.map_or_else(|| bias.shallow_clone(), |own| bias - own).to_kind(kind))
+        let difference = own.map_or_else(|| bias.value.shallow_clone(), |own| &bias.value - own).to_kind(output.kind());
+        output + difference
     }
 
     /// What [`pt_model::Sites::parameter`] gives for a path.
-    pub(crate) fn parameter(&self, path: &str) -> Option<Tensor> {
+    pub(crate) fn parameter(&self, state: &State, path: &str) -> Option<Tensor> {
+        if !state.is_live() {
+            return None;
+        }
         let bias = self.by_path.get(path.strip_suffix(".bias")?)?;
         Some(bias.value.to_kind(self.kind))
     }
@@ -280,16 +292,11 @@ impl BitfitAdapter {
 
 impl Sites for BitfitAdapter {
     fn linear(&self, layer: &Linear, hidden_states: &Tensor) -> pt_model::Result<Tensor> {
-        if self.state.is_live()
-            && let Some(output) = self.biases.linear(layer, hidden_states).map_err(to_model)?
-        {
-            return Ok(output);
-        }
-        layer.forward(hidden_states)
+        self.biases.linear(&self.state, layer, hidden_states).map_err(to_model)
     }
 
     fn parameter(&self, path: &str) -> Option<Tensor> {
-        if self.state.is_live() { self.biases.parameter(path) } else { None }
+        self.biases.parameter(&self.state, path)
     }
 }
 
@@ -308,12 +315,11 @@ impl Adapter for BitfitAdapter {
         hidden_states: &Tensor,
         inner: &dyn Fn(&Tensor) -> Result<Tensor>,
     ) -> Result<Tensor> {
-        let output = inner(hidden_states)?;
-        let is_live = self.state.is_live();
-        Ok(match self.biases.difference(layer, output.kind()).filter(|_| is_live) {
-            Some(difference) => output + difference,
-            None => output,
-        })
+        Ok(self.biases.around(&self.state, layer, inner(hidden_states)?))
+    }
+
+    fn replaced_parameters(&self) -> Vec<&str> {
+        self.biases.replaced()
     }
 
     fn note(&self) -> Option<String> {

@@ -2,7 +2,7 @@
 
 use pt_model::ModelError;
 use pt_tensor::{TchError, TensorError};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// Result of this crate.
 pub type Result<T> = std::result::Result<T, PeftError>;
@@ -62,6 +62,8 @@ pub enum PeftError {
         path: PathBuf,
         /// Each as `key = value`.
         features: Vec<String>,
+        /// Whether the method is a change of weights, so that Python can merge it.
+        is_mergeable: bool,
     },
     /// Settings that cannot be: every fault at once.
     #[error("{} in the adapter's settings: {}", if faults.len() == 1 { "a fault" } else { "faults" }, faults.join("; "))]
@@ -90,6 +92,14 @@ pub enum PeftError {
         near: Vec<String>,
         /// The names that the model has.
         available: Vec<String>,
+    },
+    /// A fault of settings that were read from a file.
+    #[error("{}: {fault}", path.display())]
+    InFile {
+        /// The file.
+        path: PathBuf,
+        /// [`Config`](Self::Config), [`Pattern`](Self::Pattern) or [`NoMatch`](Self::NoMatch).
+        fault: Box<PeftError>,
     },
     /// A file's tensors are not the adapter's.
     #[error("{}: {}", path.display(), difference(missing, unexpected, shapes))]
@@ -162,18 +172,32 @@ pub(crate) fn to_model(error: PeftError) -> ModelError {
 }
 
 impl PeftError {
+    /// The same with the file that the settings were read from, where it does not name it.
+    pub(crate) fn in_file(self, path: &Path) -> Self {
+        match self {
+            Self::Config { .. } | Self::Pattern { .. } | Self::NoMatch { .. } => {
+                Self::InFile { path: path.into(), fault: Box::new(self) }
+            }
+            other => other,
+        }
+    }
+
     /// What to do next, where there is something to say.
     pub fn hint(&self) -> Option<String> {
         match self {
             Self::Tensor(error) => error.hint(),
             Self::Model(error) => error.hint(),
+            Self::InFile { fault, .. } => fault.hint(),
             Self::NotAnAdapter { hint, .. } => Some(hint.clone()),
             Self::NotMergeable { .. } => Some("keep it beside the model: pass it with --adapter".into()),
             Self::Json { .. } => Some("the file may be cut off or edited by hand: save it or copy it again".into()),
-            Self::Unsupported { .. } => Some(
+            Self::Unsupported { is_mergeable: true, .. } => Some(
                 "merge the adapter into its base with Python PEFT (`merge_and_unload`) and load the merged model"
                     .into(),
             ),
+            Self::Unsupported { is_mergeable: false, .. } => {
+                Some("train it without them, or use it in the Python package that wrote it".into())
+            }
             Self::Pattern { .. } => {
                 Some("look-around and back-references are not available; give a list of names, or `all-linear`".into())
             }

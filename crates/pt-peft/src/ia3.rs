@@ -24,8 +24,8 @@ pub struct Ia3Config {
     /// Layers that get a vector: a list of names, a regular expression, or `all-linear`; null is PEFT's choice for the
     /// architecture (keys, values and the layer that ends the MLP of a Llama).
     pub target_modules: Option<Modules>,
-    /// Those of them whose input is scaled instead of their output; null is PEFT's choice for the architecture. As in
-    /// PEFT a name is any end of the path.
+    /// Those of them whose input is scaled instead of their output; null is PEFT's choice for the architecture, as far as
+    /// `target_modules` names it. As in PEFT a name is any end of the path.
     pub feedforward_modules: Option<Modules>,
     /// Layers that get none, though `target_modules` names them.
     pub exclude_modules: Option<Modules>,
@@ -77,7 +77,13 @@ impl Ia3Config {
                     "`target_modules` and `feedforward_modules` are null, expected both for a model of one's own";
                 return Err(PeftError::Config { faults: vec![fault.into()] });
             };
-            let (target_modules, feedforward_modules) = defaults(architecture);
+            let (target_modules, mut feedforward_modules) = defaults(architecture);
+            // Of targets that somebody chose, those that are feed-forward layers here.
+            if let (Some(Modules::Names(chosen)), Modules::Names(feedforward)) =
+                (&self.target_modules, &mut feedforward_modules)
+            {
+                feedforward.retain(|name| chosen.contains(name));
+            }
             self.target_modules.get_or_insert(target_modules);
             self.feedforward_modules.get_or_insert(feedforward_modules);
         }
@@ -106,7 +112,7 @@ impl Ia3Config {
             base_model_name_or_path: fields.get("base_model_name_or_path", "a name or a path")?,
             revision: fields.get("revision", "a revision")?,
         };
-        config.validate()?;
+        config.validate().map_err(|error| error.in_file(path))?;
         Ok(config)
     }
 

@@ -1,11 +1,11 @@
 //! Every method by its name: settings, a new adapter, an adapter from a folder.
 
 use crate::config::read_json;
-use crate::files::{ADAPTER_HUB, CONFIG_FILE, TENSOR_FILE, check_has_settings};
+use crate::files::{ADAPTER_HUB, CONFIG_FILE, TENSOR_FILE, check_folder, check_folder_as, check_has_settings};
 use crate::{
     Adapter, BitDeltaAdapter, BitDeltaConfig, BitfitAdapter, BitfitConfig, BottleneckAdapter, BottleneckConfig,
     Ia3Adapter, Ia3Config, LoraAdapter, LoraConfig, PeftError, PrefixTuningAdapter, PrefixTuningConfig,
-    PromptTuningAdapter, PromptTuningConfig, Result, TinytlAdapter, TinytlConfig,
+    PromptTuningAdapter, PromptTuningConfig, Result, TinytlAdapter, TinytlConfig, TinytlMode,
 };
 use pt_model::{CausalLm, Tokenizer};
 use schemars::JsonSchema;
@@ -43,7 +43,8 @@ impl Method {
     pub const ALL: [Self; 7] =
         [Self::Lora, Self::Ia3, Self::Bitfit, Self::Bottleneck, Self::PromptTuning, Self::PrefixTuning, Self::Tinytl];
 
-    /// Whether it is a change of weights, so that it can be merged into a model.
+    /// Whether it is, as its defaults have it, a change of weights, so that it can be merged into a model; of other settings
+    /// [`MethodConfig::is_mergeable`] says it.
     pub fn is_mergeable(self) -> bool {
         matches!(self, Self::Lora | Self::Ia3 | Self::Bitfit | Self::BitDelta)
     }
@@ -96,6 +97,25 @@ impl MethodConfig {
             Self::PrefixTuning(_) => Method::PrefixTuning,
             Self::Tinytl(_) => Method::Tinytl,
             Self::BitDelta(_) => Method::BitDelta,
+        }
+    }
+
+    /// Whether it is a change of weights, so that it can be merged into a model.
+    pub fn is_mergeable(&self) -> bool {
+        match self {
+            Self::Tinytl(config) => config.mode == TinytlMode::Bias,
+            other => other.method().is_mergeable(),
+        }
+    }
+
+    /// That a folder holds the tensors of an adapter of this method.
+    ///
+    /// # Errors
+    /// [`PeftError::NotAnAdapter`], for a pickle with the way to convert it.
+    pub fn check_folder(&self, folder: &Path) -> Result<()> {
+        match self {
+            Self::Bottleneck(_) => check_folder_as(folder, &ADAPTER_HUB),
+            _ => check_folder(folder),
         }
     }
 
@@ -245,14 +265,17 @@ impl MethodConfig {
 /// # Errors
 /// As [`MethodConfig::from_folder`], and those of the method's own `load`.
 pub fn load_adapter(folder: &Path, model: &CausalLm) -> Result<Rc<dyn Adapter>> {
-    Ok(match MethodConfig::from_folder(folder)? {
-        MethodConfig::Lora(_) => Rc::new(LoraAdapter::load(folder, model)?),
-        MethodConfig::Ia3(_) => Rc::new(Ia3Adapter::load(folder, model)?),
-        MethodConfig::Bitfit(_) => Rc::new(BitfitAdapter::load(folder, model)?),
-        MethodConfig::Bottleneck(_) => Rc::new(BottleneckAdapter::load(folder, model)?),
-        MethodConfig::PromptTuning(_) => Rc::new(PromptTuningAdapter::load(folder, model)?),
-        MethodConfig::PrefixTuning(_) => Rc::new(PrefixTuningAdapter::load(folder, model)?),
-        MethodConfig::Tinytl(_) => Rc::new(TinytlAdapter::load(folder, model)?),
-        MethodConfig::BitDelta(_) => Rc::new(BitDeltaAdapter::load(folder, model)?),
-    })
+    let load = |method| -> Result<Rc<dyn Adapter>> {
+        Ok(match method {
+            Method::Lora => Rc::new(LoraAdapter::load(folder, model)?),
+            Method::Ia3 => Rc::new(Ia3Adapter::load(folder, model)?),
+            Method::Bitfit => Rc::new(BitfitAdapter::load(folder, model)?),
+            Method::Bottleneck => Rc::new(BottleneckAdapter::load(folder, model)?),
+            Method::PromptTuning => Rc::new(PromptTuningAdapter::load(folder, model)?),
+            Method::PrefixTuning => Rc::new(PrefixTuningAdapter::load(folder, model)?),
+            Method::Tinytl => Rc::new(TinytlAdapter::load(folder, model)?),
+            Method::BitDelta => Rc::new(BitDeltaAdapter::load(folder, model)?),
+        })
+    };
+    load(MethodConfig::from_folder(folder)?.method()).map_err(|error| error.in_file(&folder.join(CONFIG_FILE)))
 }

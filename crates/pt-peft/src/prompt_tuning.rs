@@ -107,7 +107,7 @@ impl PromptTuningConfig {
             base_model_name_or_path: fields.get("base_model_name_or_path", "a name or a path")?,
             revision: fields.get("revision", "a revision")?,
         };
-        config.validate()?;
+        config.validate().map_err(|error| error.in_file(path))?;
         Ok(config)
     }
 
@@ -117,18 +117,18 @@ impl PromptTuningConfig {
     }
 
     fn text(&self, sizes: Sizes) -> String {
-        // PEFT refuses a start from a text without the tokenizer's name.
         let tokenizer = self.tokenizer_name_or_path.as_ref().or(self.base_model_name_or_path.as_ref());
-        let tokenizer = tokenizer.map_or("the base model's", String::as_str);
-        let is_text = self.init == PromptInit::Text;
+        // PEFT refuses a start from a text without the tokenizer's name: where none is known, the file leaves out how the
+        // prompt started, which its values do not need.
+        let is_text = self.init == PromptInit::Text && tokenizer.is_some();
         let own = json!({
             "base_model_name_or_path": self.base_model_name_or_path,
             "prompt_tuning_init": match self.init {
-                PromptInit::Random => "RANDOM",
                 PromptInit::SampleVocab => "SAMPLE_VOCAB",
-                PromptInit::Text => "TEXT",
+                PromptInit::Text if is_text => "TEXT",
+                PromptInit::Random | PromptInit::Text => "RANDOM",
             },
-            "prompt_tuning_init_text": self.init_text,
+            "prompt_tuning_init_text": self.init_text.as_ref().filter(|_| is_text),
             "revision": self.revision,
             "tokenizer_kwargs": null,
             "tokenizer_name_or_path": if is_text { json!(tokenizer) } else { json!(self.tokenizer_name_or_path) },
@@ -294,6 +294,27 @@ mod tests {
             assert!(value.as_object().unwrap().keys().is_sorted(), "{value}");
             assert_eq!(PromptTuningConfig::from_peft_json(Path::new("a"), &value).unwrap(), config);
         }
+    }
+
+    #[test]
+    fn a_start_from_a_text_is_written_only_with_a_tokenizers_name() {
+        let text = |base: Option<&str>| {
+            let config = PromptTuningConfig {
+                init: PromptInit::Text,
+                init_text: Some("good or bad?".into()),
+                base_model_name_or_path: base.map(Into::into),
+                ..Default::default()
+            };
+            serde_json::from_str::<Value>(&config.text(SIZES)).unwrap()
+        };
+        let with = text(Some("org/model"));
+        assert_eq!(
+            (&with["prompt_tuning_init"], &with["tokenizer_name_or_path"]),
+            (&json!("TEXT"), &json!("org/model"))
+        );
+        let without = text(None);
+        assert_eq!(without["prompt_tuning_init"], "RANDOM");
+        assert!(without["tokenizer_name_or_path"].is_null() && without["prompt_tuning_init_text"].is_null());
     }
 
     #[test]

@@ -6,7 +6,7 @@ use crate::base::Base;
 use crate::target::saved_parameters;
 use pt_model::{CausalLm, Linear};
 use pt_tensor::{DenseWeight, Kind, Tensor, no_grad};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::rc::Rc;
 
 /// A parameter that is trained whole, in our layout (`[out_features, in_features]` for linear layers).
@@ -35,22 +35,24 @@ impl SavedModules {
         if names.is_empty() {
             return Ok(Self { by_name: BTreeMap::new(), kind });
         }
-        // Names and values in our layout; the output layer stands here also where it is tied.
-        let mut all: BTreeMap<String, Saved> = BTreeMap::new();
-        for (name, value) in base.named_parameters()? {
-            all.insert(name.clone(), Saved { name, value, is_transposed_in_file: false });
-        }
-        for layer in &base.layers {
-            let name = format!("{}.weight", layer.path);
-            let is_transposed_in_file = layer.is_transposed_in_file;
-            all.insert(name.clone(), Saved { name, value: layer.weight.dense()?, is_transposed_in_file });
-        }
-        let known: Vec<&str> = all.keys().map(String::as_str).collect();
-        let chosen: Vec<String> =
-            saved_parameters(names, &known)?.into_iter().map(|index| known[index].to_string()).collect();
+        // The output layer stands here also where it is tied.
+        let layers: BTreeMap<String, &Linear> =
+            base.layers.iter().map(|layer| (format!("{}.weight", layer.path), *layer)).collect();
+        let others: BTreeMap<String, Tensor> = base.plain_parameters().into_iter().chain(base.biases()).collect();
+        let known: BTreeSet<&str> = layers.keys().chain(others.keys()).map(String::as_str).collect();
+        let known: Vec<&str> = known.into_iter().collect();
         let leaf = |value: &Tensor| no_grad(|| value.detach().to_kind(Kind::Float).copy()).set_requires_grad(true);
-        let copies = chosen.into_iter().filter_map(|name| all.remove(&name));
-        let by_name = copies.map(|saved| (saved.name.clone(), Saved { value: leaf(&saved.value), ..saved })).collect();
+        let mut by_name = BTreeMap::new();
+        for index in saved_parameters(names, &known)? {
+            let name = known[index].to_string();
+            // Only what is chosen is decoded where weights are in 4 bits.
+            let (value, is_transposed_in_file) = match (layers.get(&name), others.get(&name)) {
+                (Some(layer), _) => (leaf(&layer.weight.dense()?), layer.is_transposed_in_file),
+                (None, Some(value)) => (leaf(value), false),
+                (None, None) => continue,
+            };
+            by_name.insert(name.clone(), Saved { name, value, is_transposed_in_file });
+        }
         Ok(Self { by_name, kind })
     }
 
@@ -113,5 +115,48 @@ impl SavedModules {
             .filter(|saved| !saved.name.rsplit_once('.').is_some_and(|(module, _)| paths.contains(&module)))
             .filter_map(|saved| Some((model.parameter(&saved.name)?, saved.value.detach())))
             .collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use pt_tensor::{Device, TensorError, Weight};
+
+    /// A weight that nobody may decode.
+    #[derive(Debug)]
+    struct Sealed;
+
+    impl Weight for Sealed {
+        fn size(&self) -> (i64, i64) {
+            (2, 2)
+        }
+
+        fn dense(&self) -> pt_tensor::Result<Tensor> {
+            Err(TensorError::Argument { what: "weight".into(), found: "decoded".into(), expected: "left alone".into() })
+        }
+
+        fn project(&self, hidden_states: &Tensor, _bias: Option<&Tensor>) -> pt_tensor::Result<Tensor> {
+            Ok(hidden_states.shallow_clone())
+        }
+
+        fn device(&self) -> Device {
+            Device::Cpu
+        }
+
+        fn kind(&self) -> Kind {
+            Kind::Float
+        }
+    }
+
+    #[test]
+    fn only_the_chosen_weights_are_decoded() {
+        let weight = Tensor::eye(2, (Kind::Float, Device::Cpu));
+        let mut layers =
+            [0, 1].map(|index| Linear::dense(index, ["a.first", "a.second"][index], weight.copy(), None).unwrap());
+        layers[1].weight = Rc::new(Sealed);
+        let copies = |name: &str| SavedModules::copies(&[name.to_string()], &layers.as_slice().into());
+        assert_eq!(copies("first").unwrap().get("a.first.weight"), Some(&weight));
+        assert!(copies("second").unwrap_err().to_string().contains("left alone"));
     }
 }

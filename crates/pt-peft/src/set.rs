@@ -206,6 +206,11 @@ impl Sites for AdapterSet {
     }
 
     fn num_virtual_tokens(&self) -> usize {
+        if let Some(routes) = self.routes.borrow().as_ref().filter(|_| !self.is_disabled.get()) {
+            // Of a batch all prompts have the same, or none has any: see `Routed::plan`.
+            let routed = routes.iter().flatten().filter_map(|name| self.get(name).ok());
+            return routed.map(|adapter| adapter.num_virtual_tokens()).max().unwrap_or(0);
+        }
         self.live().map_or(0, |live| live.iter().map(|adapter| adapter.num_virtual_tokens()).sum())
     }
 
@@ -428,6 +433,10 @@ impl Sites for Routed {
             *self.fault.borrow_mut() = Some(alone(part, path));
         }
         None
+    }
+
+    fn check(&self) -> pt_model::Result<()> {
+        self.fault.take().map_or(Ok(()), |fault| Err(to_model(fault)))
     }
 }
 

@@ -52,6 +52,10 @@ pub fn target_layers(
         }
     }
     let layer_pattern = LayerPattern::new(config.layers_pattern)?;
+    let is_in_layers = |path: &str| {
+        config.layers_to_transform.is_empty()
+            || layer_pattern.layer_of(path).is_some_and(|layer| config.layers_to_transform.contains(&layer))
+    };
     let is_target = |position: usize, path: &str| {
         if excluded.as_ref().is_some_and(|m| m.is_match(path))
             // A module that is trained whole gets no update, as in PEFT.
@@ -60,14 +64,10 @@ pub fn target_layers(
             return false;
         }
         match &targets {
-            Matcher::AllLinear => Some(position) != output_layer,
+            Matcher::AllLinear => Some(position) != output_layer && is_in_layers(path),
             Matcher::Pattern(pattern) => pattern.is_match(path),
             Matcher::Names(names) if names.iter().any(|name| name == path) => true,
-            Matcher::Names(names) => {
-                names.iter().any(|name| is_suffix(path, name))
-                    && (config.layers_to_transform.is_empty()
-                        || layer_pattern.layer_of(path).is_some_and(|l| config.layers_to_transform.contains(&l)))
-            }
+            Matcher::Names(names) => names.iter().any(|name| is_suffix(path, name)) && is_in_layers(path),
         }
     };
     let found: Vec<usize> =
@@ -284,6 +284,9 @@ mod tests {
         assert_eq!(found(LoraConfig { layers_pattern: vec!["layers".into()], ..config.clone() }), [2]);
         let wrong = LoraConfig { layers_pattern: vec!["h".into()], ..config };
         assert!(target_layers(&wrong.targets(), &PATHS, Some(6), Strictness::EveryName).is_err());
+        let all_linear = |layer| LoraConfig { layers_to_transform: vec![layer], ..LoraConfig::default() };
+        assert_eq!(found(all_linear(1)), [2, 3]);
+        assert!(target_layers(&all_linear(2).targets(), &PATHS, Some(6), Strictness::EveryName).is_err());
     }
 
     #[test]

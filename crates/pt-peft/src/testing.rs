@@ -245,14 +245,15 @@ fn merging_laws(
     Ok(())
 }
 
-/// A method over another base, in bf16 or 4 bits: it computes finite values, and its own get finite f32 gradients.
+/// A method over another base, in bf16 or 4 bits: it computes finite values, and its own get finite f32 gradients; switched
+/// off it is the bare model, and it survives saving to `folder` and loading.
 ///
 /// # Errors
 /// Those of the method.
 ///
 /// # Panics
 /// As [`adapter_laws`].
-pub fn trains_over(subject: &Subject<'_>, model: &CausalLm, sequences: &[Vec<i64>]) -> Result<()> {
+pub fn trains_over(subject: &Subject<'_>, model: &CausalLm, sequences: &[Vec<i64>], folder: &Path) -> Result<()> {
     let adapter = (subject.new)(model)?;
     disturb(adapter.as_ref(), 0.05);
     let sites: Rc<dyn Sites> = adapter.clone();
@@ -264,6 +265,16 @@ pub fn trains_over(subject: &Subject<'_>, model: &CausalLm, sequences: &[Vec<i64
         let largest = grad.abs().max().double_value(&[]);
         assert!(grad.kind() == Kind::Float && largest.is_finite() && largest > 0.0, "`{name}`: {largest}");
     }
+    let (bare, on) = (logits(model, &(Rc::new(Bare) as Rc<dyn Sites>), sequences)?, logits(model, &sites, sequences)?);
+    assert!(!on.equal(&bare), "trained values act");
+    adapter.set_enabled(false);
+    assert!(logits(model, &sites, sequences)?.equal(&bare), "switched off, it is the bare model");
+    adapter.set_enabled(true);
+    let saved = folder.join("adapter");
+    adapter.save(&saved)?;
+    let loaded: Rc<dyn Sites> = (subject.load)(&saved, model)?;
+    let is_same = logits(model, &loaded, sequences)?.equal(&on);
+    assert!(is_same || adapter.is_saved_converted(), "saved and loaded, it gives the same values");
     Ok(())
 }
 

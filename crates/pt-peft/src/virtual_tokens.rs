@@ -47,7 +47,7 @@ pub(crate) fn check_keys(fields: &Fields<'_>) -> Result<()> {
     match fields.value.get("modules_to_save").filter(|value| !is_off(value)) {
         Some(value) => {
             let features = vec![format!("`modules_to_save` = {value}")];
-            Err(PeftError::Unsupported { path: fields.path.into(), features })
+            Err(PeftError::Unsupported { path: fields.path.into(), features, is_mergeable: false })
         }
         None => Ok(()),
     }

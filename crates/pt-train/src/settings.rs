@@ -143,7 +143,12 @@ impl<O: ObjectiveConfig> TrainConfig<O> {
 
     /// The chosen method with its settings.
     pub fn method(&self) -> Option<MethodConfig> {
-        self.peft.map(|method| match method {
+        self.peft.map(|method| self.settings_of(method))
+    }
+
+    /// The settings in the section of a method, chosen or not.
+    pub fn settings_of(&self, method: Method) -> MethodConfig {
+        match method {
             Method::Lora => MethodConfig::Lora(self.lora.clone()),
             Method::Ia3 => MethodConfig::Ia3(self.ia3.clone()),
             Method::Bitfit => MethodConfig::Bitfit(self.bitfit.clone()),
@@ -153,7 +158,7 @@ impl<O: ObjectiveConfig> TrainConfig<O> {
             Method::Tinytl => MethodConfig::Tinytl(self.tinytl.clone()),
             // Never chosen by name: it is made of two models.
             Method::BitDelta => MethodConfig::BitDelta(BitDeltaConfig::default()),
-        })
+        }
     }
 
     /// Chooses a method with its settings.
@@ -224,6 +229,13 @@ impl<O: ObjectiveConfig> TrainConfig<O> {
         faults.extend(self.objective.faults());
         faults.extend(self.schedule.build(1).err().map(|fault| fault.to_string()));
         faults.extend(self.method().and_then(|method| method.validate().err()).map(|fault| fault.to_string()));
+        let defaults = Self::default();
+        for other in Method::ALL.into_iter().filter(|other| Some(*other) != self.peft) {
+            if self.settings_of(other) != defaults.settings_of(other) {
+                let (section, chosen) = (other.name(), self.peft.map_or("null", Method::name));
+                faults.push(format!("{section} has settings and peft is {chosen}, expected none, or peft={section}"));
+            }
+        }
         faults
     }
 }

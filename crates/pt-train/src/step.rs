@@ -75,6 +75,11 @@ impl Optimization {
         Ok(Update { learning_rate, grad_norm })
     }
 
+    /// Drops the accumulated gradients: an update that is not to be made.
+    pub fn discard(&mut self) {
+        self.optimizer.zero_grad();
+    }
+
     /// Refuses trained values that are not finite: such a checkpoint would be no good to resume from.
     ///
     /// # Errors

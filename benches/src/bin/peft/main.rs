@@ -34,6 +34,10 @@ struct Args {
     /// Only this method; may be given several times.
     #[arg(long)]
     method: Vec<String>,
+    /// Measure time and memory in f32 or bf16 only: where libtorch has no fast products in bf16 (x86-64 without AVX-512),
+    /// the latter takes very long.
+    #[arg(long)]
+    dtype: Option<String>,
     /// Go on with this record instead of today's.
     #[arg(long)]
     record: Option<PathBuf>,
@@ -83,7 +87,8 @@ fn main() -> Result<()> {
         cells.extend(bench.quality(&chosen)?);
     }
     if args.timing || is_all {
-        cells.extend(bench.timing(&chosen)?);
+        let is_wanted = |cell: &Cell| args.dtype.as_ref().is_none_or(|dtype| *dtype == cell.job.dtype);
+        cells.extend(bench.timing(&chosen)?.into_iter().filter(is_wanted));
     }
     let mut failed = Vec::new();
     for cell in cells.iter().filter(|_| !args.table) {

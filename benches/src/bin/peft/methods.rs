@@ -23,7 +23,7 @@ impl Peer {
 #[derive(Debug, PartialEq)]
 pub(crate) struct Method {
     pub(crate) name: &'static str,
-    /// As `--set` of `pt sft`: what is not named has `pt sft`'s default, which is PEFT's where both have the field.
+    /// As `--set` of `pt sft`: what is not named has `pt sft`'s default, which the peer is told where its own is another.
     pub(crate) sets: &'static [(&'static str, &'static str)],
     /// Highest learning rate, the best of those that `--sweep` tries.
     pub(crate) learning_rate: f64,

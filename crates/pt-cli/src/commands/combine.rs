@@ -15,7 +15,7 @@ pub(crate) struct Args {
     /// The model that the adapters were trained on: a Hugging Face folder, a .gguf file, or a name that `pt models` lists.
     #[arg(long)]
     model: String,
-    /// A LoRA adapter (or a run of `pt sft`) and its weight, which may be negative; given once for each.
+    /// A LoRA adapter (or a run that trained one) and its weight, which may be negative; given once for each.
     #[arg(long = "adapter", value_name = "FOLDER=WEIGHT", required = true)]
     adapters: Vec<String>,
     /// linear sums the factors; cat is exact, its rank the sum of theirs; svd sums the updates and cuts to a rank; ties elects

@@ -73,7 +73,7 @@ struct TunedArgs {
     /// The fine-tuned model, in the same forms as --model.
     #[arg(long)]
     fine_tuned: Option<String>,
-    /// An adapter over --model that makes the fine-tune, or a run of `pt sft`: in the place of --fine-tuned. Distillation
+    /// An adapter over --model that makes the fine-tune, or a run that trained one: in the place of --fine-tuned. Distillation
     /// then keeps one model in memory.
     #[arg(long)]
     adapter: Option<PathBuf>,

@@ -13,5 +13,5 @@ pub(crate) struct Args {
 }
 
 pub(crate) fn run(args: Args) -> Result<ExitCode> {
-    training::run(args.training, DpoTask)
+    training::run(args.training, DpoTask::default())
 }

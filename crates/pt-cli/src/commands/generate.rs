@@ -174,7 +174,11 @@ pub(crate) fn run(args: Args) -> Result<ExitCode> {
     // All of them before the first is completed: a fault in the last row must not cost the work on the others.
     for (index, prompt) in prompts.iter().enumerate() {
         let place = rows.as_ref().map_or("--prompt".into(), |rows| rows[index].origin.to_string());
-        check_prompt(&opened.model, prompt, opened.sites.as_ref()).context(place)?;
+        let sites = match &row_adapters {
+            Some(row_adapters) => row_adapters.sites_of(index)?,
+            None => opened.sites.clone(),
+        };
+        check_prompt(&opened.model, prompt, sites.as_ref()).context(place)?;
     }
     let rendering = Rendering::of(&encoder);
     let is_bare = |row: &&Row| row.content.plain_prompt().is_some_and(|text| rendering.is_missing_in(text));

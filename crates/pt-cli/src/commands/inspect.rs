@@ -7,8 +7,9 @@ use crate::talk::{Usage, say};
 use anyhow::Result;
 use pt_model::{Pretrained, WeightMemory};
 use pt_peft::{CONFIG_FILE, MethodConfig};
-use pt_tensor::Kind;
+use pt_rlhf::{RewardModel, ScoreStatistics};
 use pt_tensor::io::SafetensorsReader;
+use pt_tensor::{Device, Kind};
 use pt_train::TrainError;
 use pt_train::config::flatten;
 use pt_train::data::{DataConfig, Row, preflight, read_rows, render_example, row_to_group};
@@ -68,10 +69,15 @@ fn is_data(path: &Path) -> bool {
 
 /// What an adapter is: its method and settings, and what its file holds.
 fn adapter(args: &Args, folder: &Path) -> Result<ExitCode> {
-    let method = MethodConfig::from_folder(folder)?;
+    let is_reward = RewardModel::is_adapter(folder)?;
+    let method = match is_reward {
+        true => RewardModel::adapter_settings(folder)?,
+        false => MethodConfig::from_folder(folder)?,
+    };
     if matches!(method, MethodConfig::BitDelta(_)) {
         return super::delta::inspect(folder, args.json);
     }
+    method.check_folder(folder)?;
     let file = folder.join(method.tensor_file());
     let reader = SafetensorsReader::open(&file)?;
     let bytes = std::fs::metadata(&file).map_or(0, |metadata| metadata.len());
@@ -92,6 +98,11 @@ fn adapter(args: &Args, folder: &Path) -> Result<ExitCode> {
         "{path}\n  an adapter: {name}, {parameters} parameters in {} tensors, {bytes} bytes",
         reader.names().count()
     ))?;
+    if is_reward {
+        let statistics = ScoreStatistics::load(folder)?;
+        let like = statistics.map(|of| format!(", scores of mean {:.4} and deviation {:.4}", of.mean, of.std));
+        say(format_args!("  a reward model{}", like.unwrap_or_default()))?;
+    }
     for (field, value) in flatten(&settings) {
         say(format_args!("  {name}.{field}: {value}"))?;
     }
@@ -137,17 +148,23 @@ fn run_folder(args: &Args) -> Result<ExitCode> {
     }
     let chosen = checkpoints.chosen();
     match (chosen, &command) {
-        (Some(folder), Some(command)) if folder.join("adapter").exists() => say(format_args!(
-            "  use it: pt chat --model {} --adapter {}",
-            command.model,
-            folder.join("adapter").display()
-        ))?,
-        (Some(folder), _) if folder.join("model").exists() => {
-            say(format_args!("  use it: pt chat --model {}", folder.join("model").display()))?;
+        (Some(folder), Some(command)) if folder.join("adapter").exists() => {
+            let (verb, more) = use_of(command);
+            let (model, adapter) = (&command.model, folder.join("adapter"));
+            say(format_args!("  use it: pt {verb} --model {model} --adapter {}{more}", adapter.display()))?;
+        }
+        (Some(folder), command) if folder.join("model").exists() => {
+            let (verb, more) = command.as_ref().map_or(("chat", ""), use_of);
+            say(format_args!("  use it: pt {verb} --model {}{more}", folder.join("model").display()))?;
         }
         _ => {}
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// The command that uses what a run has trained, and what it needs beside the model.
+fn use_of(command: &RunCommand) -> (&'static str, &'static str) {
+    if command.task() == "reward" { ("score", " --data ROWS.jsonl --output SCORES.jsonl") } else { ("chat", "") }
 }
 
 fn model(args: &Args) -> Result<ExitCode> {
@@ -191,6 +208,9 @@ fn model(args: &Args) -> Result<ExitCode> {
             .map(|&id| format!("{id} {:?}", tokenizer.id_to_token(id).unwrap_or_default()))
             .collect();
         say(format_args!("  ends a turn: {}", ends.join(", ")))?;
+    }
+    if RewardModel::of_pretrained(&pretrained, Device::Cpu).is_ok_and(|reward| reward.is_some()) {
+        say("  a reward model: `pt score` gives its scores of completions")?;
     }
     let memory = [Kind::Float, Kind::BFloat16].map(|kind| loaded_memory(&pretrained, kind));
     for line in memory_lines(&memory) {

@@ -1,8 +1,9 @@
 //! `pt merge`
 
-use crate::job::{save_checkpoint, save_model};
+use crate::checkpoints::run_of;
+use crate::job::{give_new_biases_a_place, save_checkpoint, save_model};
 use crate::open::{BaseFormat, DataArgs, FolderArgs, ModelArgs, no_tokenizer};
-use crate::run_command::dtype_name;
+use crate::run_command::{RunCommand, agreed, dtype_name};
 use crate::talk::{Refused, say};
 use anyhow::Result;
 use pt_model::{Bare, CausalLm, Pretrained, Sites, quantized_config};
@@ -10,7 +11,7 @@ use pt_peft::{Drift, Predictions, load_adapter};
 use pt_tensor::{Kind, Nf4Options, Nf4Weight};
 use pt_train::data::{read_rows, row_to_group};
 use pt_train::encoder::ModelEncoder;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::rc::Rc;
 
@@ -19,9 +20,10 @@ use std::rc::Rc;
 pub(crate) struct Args {
     #[command(flatten)]
     model: ModelArgs,
-    /// How the base's linear layers were held while the adapter was trained on them; as `pt sft --weights` was told.
-    #[arg(long, value_enum, default_value = "as-stored")]
-    weights: BaseFormat,
+    /// How the base's linear layers were held while the adapter was trained on them: when not given, as the adapter's run
+    /// kept it, else as-stored.
+    #[arg(long, value_enum)]
+    weights: Option<BaseFormat>,
     #[command(flatten)]
     folder: FolderArgs,
     /// Write layers that were in 4 bits in 4 bits again (NF4); without it they are decoded and the result is dense.
@@ -61,7 +63,8 @@ pub(crate) fn run(args: Args) -> Result<ExitCode> {
     let pretrained = args.model.pretrained()?;
     // Nothing is rounded in f32.
     let kind = args.model.saved_kind(&pretrained, Kind::Float)?;
-    let mut model = CausalLm::load_with(&pretrained, args.model.device()?, kind, args.weights.format())?;
+    let weights = weights_of(args.weights, adapter.as_deref())?;
+    let mut model = CausalLm::load_with(&pretrained, args.model.device()?, kind, weights.format())?;
     let in_4_bits: Vec<(usize, Nf4Options)> =
         model.linear_layers().filter_map(|layer| Some((layer.index, layer.weight.as_nf4()?.options()))).collect();
     if args.requantize && in_4_bits.is_empty() {
@@ -96,14 +99,28 @@ pub(crate) fn run(args: Args) -> Result<ExitCode> {
         if !args.requantize {
             return save_model(folder, &pretrained, &model, max_shard_bytes);
         }
-        let parameters = model.named_parameters_in_4_bits()?;
+        let mut parameters = model.named_parameters_in_4_bits()?;
         let has_double_quant = in_4_bits.iter().any(|(_, options)| options.double_quant);
         let mut config = quantized_config(&pretrained.config.raw, kind, has_double_quant);
+        give_new_biases_a_place(&mut parameters, &mut config, &pretrained, &model)?;
         let has_output = parameters.iter().any(|(name, _)| name == "lm_head.weight");
         config.insert("tie_word_embeddings".into(), (!has_output).into());
         save_checkpoint(folder, &pretrained, &parameters, &config, max_shard_bytes)
     })?;
     Ok(ExitCode::SUCCESS)
+}
+
+/// What the adapter was trained over: as its run kept it, where it stands in one, else as the flag says.
+fn weights_of(given: Option<BaseFormat>, adapter: Option<&Path>) -> Result<BaseFormat> {
+    let given = given.map(|weights| weights.name().to_string());
+    let agreed = match adapter.and_then(run_of) {
+        Some(run) => {
+            let kept = RunCommand::load(&run)?.and_then(|command| command.kept_weights());
+            agreed("--weights", given, kept, &run)?
+        }
+        None => given,
+    };
+    Ok(agreed.map_or(BaseFormat::AsStored, |name| BaseFormat::of_name(&name)))
 }
 
 fn say_drift(what: &str, drift: &Drift) -> Result<()> {

@@ -22,6 +22,18 @@ fn every_method_trains_is_inspected_and_generates() {
         let merged = workshop.run(&["merge", "--model", "model", "--adapter", &adapter, "--output", &output]);
         assert_eq!(merged.status.success(), kind.is_mergeable(), "{method}: {}", stderr(&merged));
     }
+    // Biases alone are a change of weights, and the report says so.
+    workshop.stdout(&workshop.sft("biases", &["--peft", "tinytl", "--set", "tinytl.mode=bias"]));
+    for (run, is_there) in [("biases", true), ("tinytl", false)] {
+        let report = std::fs::read_to_string(workshop.path(run).join("report.html")).unwrap();
+        assert_eq!(report.contains("pt merge"), is_there, "{run}");
+    }
+    workshop.stdout(&["merge", "--model", "model", "--adapter", "biases", "--output", "biases-merged"]);
+    // A pickle is named as what it is.
+    let folder = workshop.path("lora/checkpoints/step-00000001/adapter");
+    std::fs::rename(folder.join("adapter_model.safetensors"), folder.join("adapter_model.bin")).unwrap();
+    let refused = workshop.run(&["inspect", "lora/checkpoints/step-00000001/adapter"]);
+    assert!(stderr(&refused).contains("a pickle, which can run code"), "{}", stderr(&refused));
     let refused = workshop.run(&workshop.sft("run", &["--peft", "lorra"]));
     assert_eq!(refused.status.code(), Some(2));
     assert!(stderr(&refused).contains("lorra"), "{}", stderr(&refused));
@@ -68,6 +80,29 @@ fn rows_of_a_batch_get_the_adapters_that_they_ask_for() {
     assert!(stderr(&refused).contains("unknown.jsonl:1") && stderr(&refused).contains("`c`"), "{}", stderr(&refused));
     for wrong in [&["--row-adapter", "a"][..], &["--row-adapter", "a=a", "--row-adapter", "a=b"]] {
         assert_eq!(generate(&[&["--data", "one.jsonl"], wrong].concat()).status.code(), Some(2));
+    }
+}
+
+#[test]
+fn the_room_of_a_row_is_that_of_its_own_adapter() {
+    let workshop = Workshop::new();
+    let args = ["--peft", "prompt-tuning", "--set", "prompt_tuning.num_virtual_tokens=5", "--samples", "0"];
+    workshop.stdout(
+        &workshop.sft("prompt", &[&args[..], &["--set", "max_steps=1", "--set", "data.max_length=40"]].concat()),
+    );
+    // The model's context is 64.
+    let words = |count: usize| vec!["t5"; count].join(" ");
+    let row = |adapter: &str| format!("{{\"prompt\": \"{}\", \"completion\": \" t9\"{adapter}}}\n", words(59));
+    workshop.write("bare.jsonl", &row(""));
+    workshop.write("prompt.jsonl", &row(", \"adapter\": \"prompt\""));
+    for command in [&["generate", "--max-new-tokens", "1"][..], &["score"]] {
+        let run = |data| {
+            let args = ["--model", "model", "--row-adapter", "prompt=prompt", "--data", data];
+            workshop.run(&[command, &args].concat())
+        };
+        let (bare, prompt) = (run("bare.jsonl"), run("prompt.jsonl"));
+        assert!(bare.status.success(), "{}", stderr(&bare));
+        assert!(stderr(&prompt).contains("prompt.jsonl:1"), "{}", stderr(&prompt));
     }
 }
 

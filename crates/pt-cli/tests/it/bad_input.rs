@@ -145,6 +145,19 @@ fn settings_that_contradict_each_other_are_refused() {
     workshop.stdout(&workshop.sft("first", &["--set", "max_steps=1"]));
     let adapter = "first/checkpoints/step-00000001/adapter";
     sft_refused(&workshop, &["--adapter", adapter], 2, &["--set lora.rank=2 beside --adapter"]);
+    // Those of a file and of methods that are not chosen are no more dropped than those of --set.
+    workshop.write("rank.yaml", "lora:\n  rank: 4\n");
+    workshop.write("ia3.yaml", "ia3:\n  exclude_modules: [down_proj]\n");
+    let on = ["sft", "--model", "model", "--data", "rows.jsonl", "--output", "run", "--dry-run"];
+    let on = |more: &[&'static str]| on.iter().chain(more).copied().collect::<Vec<_>>();
+    let fits = ["--set", "data.max_length=64"];
+    let in_file = ["--adapter", adapter, "--config", "rank.yaml"];
+    refused(&workshop, &on(&in_file), 2, &["settings in `lora`", "step-00000001/adapter hold"]);
+    let other = ["--adapter", adapter, "--config", "ia3.yaml"];
+    refused(&workshop, &on(&other), 2, &["ia3 has settings and peft is lora"]);
+    refused(&workshop, &on(&["--peft", "ia3", "--set", "lora.rank=4"]), 2, &["lora has settings and peft is ia3"]);
+    workshop.stdout(&on(&[&["--peft", "ia3", "--config", "ia3.yaml"][..], &fits].concat()));
+    workshop.stdout(&on(&[&["--adapter", adapter, "--set", "lora.loraplus_lr_ratio=4"][..], &fits].concat()));
     let without_lora = ["sft", "--model", "model", "--data", "rows.jsonl", "--output", "run", "--peft", "none"];
     let with = |more: &[&'static str]| without_lora.iter().chain(more).copied().collect::<Vec<_>>();
     refused(&workshop, &with(&["--adapter", adapter]), 2, &["peft is null"]);

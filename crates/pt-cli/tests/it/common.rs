@@ -76,10 +76,7 @@ impl Workshop {
     pub(crate) fn sft<'a>(&self, output: &'a str, more: &[&'a str]) -> Vec<&'a str> {
         let mut args = vec!["sft", "--model", "model", "--device", "cpu", "--data", "rows.jsonl", "--output", output];
         let settings = ["max_steps=6", "save_every=1", "batch.batch_size=4", "data.max_length=64", "lora.rank=2"];
-        for setting in settings {
-            args.extend(["--set", setting]);
-        }
-        args.extend(more);
+        extend_with(&mut args, &settings, more);
         args
     }
 
@@ -100,6 +97,15 @@ impl Workshop {
         found.sort();
         found
     }
+}
+
+/// Adds settings and more arguments; LoRA's are left out beside another method, where they would be refused.
+pub(crate) fn extend_with<'a>(args: &mut Vec<&'a str>, settings: &[&'a str], more: &[&'a str]) {
+    let is_other = more.iter().any(|arg| *arg == "--peft" || arg.starts_with("peft="));
+    for setting in settings.iter().filter(|setting| !(is_other && setting.starts_with("lora."))) {
+        args.extend(["--set", setting]);
+    }
+    args.extend(more);
 }
 
 fn rows(numbers: std::ops::Range<usize>) -> String {

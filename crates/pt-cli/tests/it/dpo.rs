@@ -1,7 +1,10 @@
 //! `pt dpo`: every form of row, references, resuming, and what is refused.
 
-use crate::common::{Workshop, stderr};
+use crate::common::{Workshop, extend_with, stderr};
+use crate::interruptions::check_readable;
 use serde_json::{Value, json};
+use std::process::Stdio;
+use std::time::Instant;
 
 /// Pairs in words of one token: the chosen side goes on counting, the rejected one does not.
 fn pairs(count: usize) -> Vec<Value> {
@@ -27,12 +30,15 @@ fn write(workshop: &Workshop, name: &str, rows: &[Value]) {
 /// A short run; later settings win.
 fn dpo<'a>(data: &'a str, output: &'a str, more: &[&'a str]) -> Vec<&'a str> {
     let mut args = vec!["dpo", "--model", "model", "--device", "cpu", "--data", data, "--output", output];
-    for setting in
-        ["max_steps=4", "save_every=2", "batch.batch_size=4", "lora.rank=2", "learning_rate=0.05", "data.max_length=64"]
-    {
-        args.extend(["--set", setting]);
-    }
-    args.extend(more);
+    let settings = [
+        "max_steps=4",
+        "save_every=2",
+        "batch.batch_size=4",
+        "lora.rank=2",
+        "learning_rate=0.05",
+        "data.max_length=64",
+    ];
+    extend_with(&mut args, &settings, more);
     args
 }
 
@@ -92,11 +98,145 @@ fn a_resumed_run_reads_its_reference_and_equals_one_that_was_not_stopped() {
     let output = workshop.run(&["sft", "--resume", "--output", "parts"]);
     assert_eq!(output.status.code(), Some(2));
     assert!(stderr(&output).contains("is a run of `pt dpo`"), "{}", stderr(&output));
-    // Kept log-probs of other rows are told, and those of another reference.
+    // Other rows are told.
     let output =
         workshop.run(&["dpo", "--resume", "--output", "parts", "--set", "max_steps=6", "--data", "other.jsonl"]);
-    assert!(stderr(&output).contains("other"), "{}", stderr(&output));
+    assert!(stderr(&output).contains("was saved with other training rows"), "{}", stderr(&output));
     assert!(!output.status.success());
+}
+
+#[test]
+fn a_reference_adapter_is_used_kept_by_its_whole_path_and_cannot_change() {
+    let workshop = workshop();
+    for (run, seed) in [("one", "seed=1"), ("two", "seed=2")] {
+        workshop.stdout(&dpo("pairs.jsonl", run, &["--set", seed]));
+    }
+    let more = ["--set", "reference.adapter=one", "--set", "max_steps=2"];
+    workshop.stdout(&dpo("pairs.jsonl", "held", &more));
+    // The policy begins away from that reference.
+    let first = metrics(&workshop, "held")[0]["loss"].as_f64().unwrap();
+    assert!((first - 2f64.ln()).abs() > 1e-3, "{first}");
+    let config = std::fs::read_to_string(workshop.path("held/config.yaml")).unwrap();
+    let whole = workshop.path("one").canonicalize().unwrap();
+    assert!(config.contains(&whole.display().to_string()), "{config}");
+    let resume = |adapter: &str| {
+        let adapter = format!("reference.adapter={adapter}");
+        workshop.run(&["dpo", "--resume", "--output", "held", "--set", "max_steps=4", "--set", &adapter])
+    };
+    let output = resume("two");
+    assert!(!output.status.success());
+    assert!(stderr(&output).contains("log-probs of another reference"), "{}", stderr(&output));
+    let output = resume("one");
+    assert!(output.status.success(), "{}", stderr(&output));
+}
+
+#[test]
+fn scores_only_rank_unless_they_are_to_be_margins() {
+    let workshop = workshop();
+    let listed = |row: &Value| json!({"prompt": row["prompt"], "completions": [row["rejected"], row["chosen"]], "scores": [0, 9]});
+    write(&workshop, "scored.jsonl", &pairs(8).iter().map(listed).collect::<Vec<_>>());
+    let first = |run: &str, more: &[&str]| {
+        let more = [&["--set", "max_steps=1"], more].concat();
+        workshop.stdout(&dpo("scored.jsonl", run, &more));
+        metrics(&workshop, run)[0]["loss"].as_f64().unwrap()
+    };
+    assert!((first("ranks", &[]) - 2f64.ln()).abs() < 1e-6);
+    // −log σ(−1).
+    let margin = first("margins", &["--set", &format!("margin_scale={}", 1.0 / 9.0)]);
+    assert!((margin - 1f64.exp().ln_1p()).abs() < 1e-5, "{margin}");
+}
+
+#[test]
+fn prompts_that_stand_in_both_sides_are_answered_too() {
+    let workshop = workshop();
+    let whole = |row: &Value| {
+        let side = |name: &str| format!("{}{}", row["prompt"].as_str().unwrap(), row[name].as_str().unwrap());
+        json!({"chosen": side("chosen"), "rejected": side("rejected")})
+    };
+    write(&workshop, "whole.jsonl", &pairs(24)[16..].iter().map(whole).collect::<Vec<_>>());
+    workshop.stdout(&dpo("pairs.jsonl", "run", &["--eval-data", "whole.jsonl", "--samples", "2"]));
+    let report = std::fs::read_to_string(workshop.path("run/report.html")).unwrap();
+    assert!(report.contains("Before and after"), "no samples");
+}
+
+/// A copy of the model under another name, one file changed (or taken away).
+fn another_model(workshop: &Workshop, name: &str, file: &str, change: impl Fn(&str) -> Option<String>) {
+    std::fs::create_dir(workshop.path(name)).unwrap();
+    for entry in std::fs::read_dir(workshop.path("model")).unwrap() {
+        let entry = entry.unwrap();
+        let copy = workshop.path(name).join(entry.file_name());
+        match entry.file_name() == *file {
+            true => match change(&std::fs::read_to_string(entry.path()).unwrap()) {
+                Some(text) => std::fs::write(copy, text).unwrap(),
+                None => continue,
+            },
+            false => drop(std::fs::copy(entry.path(), copy).unwrap()),
+        }
+    }
+}
+
+#[test]
+fn references_that_do_not_fit_leave_no_run() {
+    let workshop = workshop();
+    another_model(&workshop, "words", "tokenizer.json", |text| Some(text.replace("\"t9\"", "\"other\"")));
+    another_model(&workshop, "mute", "tokenizer.json", |_| None);
+    another_model(&workshop, "short", "config.json", |text| {
+        let mut config: Value = serde_json::from_str(text).unwrap();
+        config["max_position_embeddings"] = json!(16);
+        Some(config.to_string())
+    });
+    workshop.stdout(&dpo("pairs.jsonl", "good", &["--set", "max_steps=2"]));
+    let adapter = workshop.path("good/checkpoints/step-00000002/adapter");
+    std::fs::create_dir(workshop.path("damaged")).unwrap();
+    std::fs::copy(adapter.join("adapter_config.json"), workshop.path("damaged/adapter_config.json")).unwrap();
+    workshop.write("damaged/adapter_model.safetensors", "nothing");
+    for (setting, named) in [
+        ("reference.model=words", "words: token 9 is `other`, the model's is `t9`"),
+        ("reference.model=mute", "mute: has no tokenizer"),
+        ("reference.model=short", "short: its context is 16, data.max_length is 64"),
+        ("reference.adapter=damaged", "damaged"),
+    ] {
+        let output = workshop.run(&dpo("pairs.jsonl", "run", &["--set", setting]));
+        let text = stderr(&output);
+        assert!(!output.status.success() && text.contains(named), "{setting}: {text}");
+        assert!(!text.contains("panicked") && !workshop.path("run").exists(), "{setting}: {text}");
+    }
+}
+
+#[test]
+fn a_run_killed_at_any_moment_ends_as_if_it_had_not_been() {
+    let workshop = workshop();
+    let more = ["--eval-data", "other.jsonl", "--set", "max_steps=8", "--set", "save_every=1"];
+    let started = Instant::now();
+    workshop.stdout(&dpo("pairs.jsonl", "straight", &more));
+    let length = started.elapsed();
+    let root = workshop.path("killed");
+    let mut num_killed = 0;
+    // From its first moments, when the reference is computed, to its last.
+    for part in [0.15, 0.3, 0.45, 0.6, 0.75, 0.9, f64::INFINITY] {
+        // Killed before its configuration stood, it is no run yet and begins anew.
+        let resume: &[&str] = if root.join("config.yaml").exists() { &["--resume"] } else { &[] };
+        let args = dpo("pairs.jsonl", "killed", &[&more[..], resume].concat());
+        let log = std::fs::File::create(workshop.path("log")).unwrap();
+        let mut child = workshop.command(&args).stdout(Stdio::null()).stderr(log).spawn().unwrap();
+        if part.is_finite() {
+            std::thread::sleep(length.mul_f64(part));
+            let _ = child.kill();
+        }
+        let status = child.wait().unwrap();
+        num_killed += u32::from(status.code().is_none());
+        if root.join("config.yaml").exists() {
+            check_readable(&root);
+        }
+        let text = || std::fs::read_to_string(workshop.path("log")).unwrap();
+        assert!(status.code().is_none_or(|code| code == 0), "{part}: {}", text());
+    }
+    assert!(num_killed > 0);
+    let weights = |run: &str| {
+        std::fs::read(workshop.path(&format!("{run}/checkpoints/step-00000008/adapter/adapter_model.safetensors")))
+            .unwrap()
+    };
+    assert!(weights("straight") == weights("killed"));
 }
 
 #[test]
@@ -132,9 +272,9 @@ fn every_loss_and_form_of_row_trains() {
     .enumerate()
     {
         let run = format!("run-{index}");
-        let mut args = dpo("pairs.jsonl", &run, &quick);
-        settings.iter().for_each(|setting| args.extend(["--set", setting]));
-        workshop.stdout(&args);
+        let sets = settings.iter().flat_map(|setting| ["--set", setting]);
+        let more: Vec<&str> = quick.iter().copied().chain(sets).collect();
+        workshop.stdout(&dpo("pairs.jsonl", &run, &more));
         let loss = metrics(&workshop, &run)[0]["loss"].as_f64().unwrap();
         assert!(loss.is_finite(), "{settings:?}: {loss}");
     }
@@ -149,7 +289,11 @@ fn faults_are_named_and_leave_no_run() {
     write(&workshop, "without.jsonl", &[without]);
     write(&workshop, "equal.jsonl", &[equal]);
     let labelled = json!({"prompt": row["prompt"], "completion": row["chosen"], "label": true});
-    write(&workshop, "labelled.jsonl", &[labelled]);
+    write(&workshop, "labelled.jsonl", std::slice::from_ref(&labelled));
+    let other = json!({"prompt": row["prompt"], "completion": row["rejected"], "label": false});
+    write(&workshop, "good_labels.jsonl", &[labelled, other]);
+    let margin = json!({"prompt": row["prompt"], "chosen": row["chosen"], "rejected": row["rejected"], "margin": 1.0});
+    write(&workshop, "margin.jsonl", &[margin]);
     for (data, settings, named) in [
         ("without.jsonl", &[][..], "rejected"),
         ("equal.jsonl", &[], "are equal"),
@@ -161,6 +305,11 @@ fn faults_are_named_and_leave_no_run() {
         ("pairs.jsonl", &["reference.model=gone.gguf"], "gone.gguf"),
         ("pairs.jsonl", &["bta=0.2"], "bta"),
         ("pairs.jsonl", &["reference.sync_mixup=0"], "sync_mixup is 0"),
+        ("pairs.jsonl", &["reference.sync_mixup=0.5"], "sync_every is 0"),
+        ("pairs.jsonl", &["desirable_weight=2"], "desirable_weight is 2, expected 1"),
+        ("margin.jsonl", &["loss_type=aot"], "margin.jsonl:1: has a `margin`, and `aot` takes none"),
+        ("pairs.jsonl", &["loss_type=aot", "batch.accumulation=2"], "`aot` sorts the pairs of a step"),
+        ("good_labels.jsonl", &["loss_type=kto"], "all 1 rows have the same prompt"),
     ] {
         let mut args = dpo(data, "run", &[]);
         settings.iter().for_each(|setting| args.extend(["--set", setting]));

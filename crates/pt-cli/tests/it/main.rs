@@ -11,4 +11,5 @@ mod interop;
 #[cfg(unix)]
 mod interruptions;
 mod quantize;
+mod reward;
 mod runs;

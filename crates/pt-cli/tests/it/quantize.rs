@@ -107,19 +107,68 @@ fn a_dense_checkpoint_is_quantized_on_load_for_training_and_stays_so_in_a_resume
     };
     assert!(adapter("run") == adapter("whole"));
 
-    // Merged where it was trained, and not into weights that it has not seen.
-    let drift_on = |weights: &str| {
-        let to = format!("merged-{weights}");
-        let args =
-            ["merge", "--model", "model", "--weights", weights, "--adapter", "run", "--dtype", "f32", "--output"];
-        workshop.stdout(&[&args[..], &[&to]].concat());
-        score(&workshop, &to, &[])
-    };
-    assert!((drift_on("nf4") - drift_on("as-stored")).abs() > 1e-3);
+    // Merged where it was trained, without a flag, and not into weights that it has not seen.
+    let merge = ["merge", "--model", "model", "--adapter", "run", "--dtype", "f32", "--output"];
+    let said = workshop.stdout(&[&merge[..], &["merged"]].concat());
+    assert!(said.contains("the adapter on its 4-bit base") && drift(&said, "merged, f32").0 < 1e-3, "{said}");
+    let merged = score(&workshop, "merged", &[]);
+    let refused = workshop.run(&[&merge[..], &["no", "--weights", "as-stored"]].concat());
+    assert!(stderr(&refused).contains("the run was started with \"nf4\""), "{}", stderr(&refused));
+    assert!(!workshop.path("no").exists());
+    // Out of its run nothing is known of it.
+    let copy = workshop.path("copy");
+    std::fs::create_dir(&copy).unwrap();
+    for path in workshop.files("run/checkpoints/step-00000006/adapter") {
+        std::fs::copy(&path, copy.join(path.file_name().unwrap())).unwrap();
+    }
+    let other = ["merge", "--model", "model", "--adapter", "copy", "--dtype", "f32", "--output", "dense"];
+    assert!(workshop.stdout(&other).contains("the adapter on its base"));
+    assert!((score(&workshop, "dense", &[]) - merged).abs() > 1e-3);
+    // Who answers over other weights is told.
+    for (weights, is_warned) in [("as-stored", true), ("nf4", false)] {
+        let args = ["score", "--model", "model", "--data", "held_out.jsonl", "--adapter", "run", "--weights", weights];
+        let said = stderr(&workshop.run(&args));
+        assert_eq!(
+            said.contains("warning: ") && said.contains("was trained over weights in 4 bits"),
+            is_warned,
+            "{said}"
+        );
+    }
 
     let full = workshop.run(&workshop.sft("full", &["--weights", "nf4", "--peft", "none"]));
     assert!(stderr(&full).contains("weights in 4 bits are frozen"), "{}", stderr(&full));
     assert!(!workshop.path("full").exists());
+}
+
+#[test]
+fn biases_that_a_merge_adds_have_a_place_in_4_bits_too() {
+    let train = |workshop: &Workshop, name: &'static str, more: &[&'static str]| {
+        let rate = ["--set", "learning_rate=0.05", "--weights", "nf4", "--samples", "0"];
+        workshop.stdout(&workshop.sft(name, &[&rate[..], more].concat()));
+    };
+    let merge = |workshop: &Workshop, name: &str, output: &str| {
+        let args = ["merge", "--model", "model", "--adapter", name, "--dtype", "f32", "--requantize", "--output"];
+        workshop.run(&[&args[..], &[output]].concat())
+    };
+    let bitfit = ["--peft", "bitfit", "--set", r#"bitfit.target_modules=["q_proj","down_proj"]"#];
+    let tinytl = ["--peft", "tinytl", "--set", "tinytl.mode=bias"];
+    let llama = Workshop::new();
+    for (name, more) in [("bitfit", &bitfit), ("tinytl", &tinytl)] {
+        train(&llama, name, more);
+        let output = format!("{name}-4bit");
+        let said = merge(&llama, name, &output);
+        assert!(said.status.success(), "{}", stderr(&said));
+        let adapted = score(&llama, "model", &["--weights", "nf4", "--adapter", name]);
+        let (bare, merged) = (score(&llama, "model", &["--weights", "nf4"]), score(&llama, &output, &[]));
+        // The codes are the base's: the biases alone were added.
+        assert!((adapted - bare).abs() > 0.1 && (merged - adapted).abs() < 1e-3, "{bare} {adapted} {merged}");
+    }
+    // A Mistral has no biases, in 4 bits as little as in 16.
+    let mistral = Workshop::of("mistral");
+    train(&mistral, "bitfit", &bitfit);
+    let refused = merge(&mistral, "bitfit", "no");
+    assert!(stderr(&refused).contains("a mistral checkpoint has no place for it"), "{}", stderr(&refused));
+    assert!(!mistral.path("no").exists());
 }
 
 #[test]

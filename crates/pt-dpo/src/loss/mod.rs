@@ -243,7 +243,7 @@ impl<'a> Terms<'a> {
             terms.offset = Some((chosen - rejected) * config.length_penalty);
         }
         if let Some(margins) = &pairs.margins {
-            if let Some(loss) = config.loss_type.iter().find(|loss| !loss.takes_margin() && **loss != Loss::Sft) {
+            if let Some(loss) = config.without_margin() {
                 let fault = format!("`{}` has no difference of rewards, but rows have margins", loss.name());
                 return Err(DpoError::Config { faults: vec![fault] });
             }
@@ -270,10 +270,11 @@ impl<'a> Terms<'a> {
                 self.on_log_ratios(loss, |chosen, rejected| aot::sorted(chosen, rejected, beta, label_smoothing))?
             }
             Loss::Aot => {
+                let reference = self.pairs.reference.as_ref();
+                let reference = reference.ok_or_else(|| DpoError::missing("reference", loss.name()))?;
+                let (chosen, rejected) = (wide(&reference.chosen_logps), wide(&reference.rejected_logps));
                 let policy = &self.policy.0 - &self.policy.1;
-                // What is left of the policy's difference without the ratios' is the reference's.
-                let reference = (&policy - self.on_log_ratios(loss, |chosen, rejected| chosen - rejected)?).detach();
-                aot::sorted(&policy, &reference, beta, label_smoothing)
+                aot::sorted(&policy, &(chosen - rejected).detach(), beta, label_smoothing)
             }
             Loss::ApoZero => self.on_log_ratios(loss, |chosen, rejected| apo::zero(chosen, rejected, beta))?,
             Loss::ApoDown => self.on_log_ratios(loss, |chosen, rejected| apo::down(chosen, rejected, beta))?,
@@ -281,10 +282,9 @@ impl<'a> Terms<'a> {
             Loss::Sft => self.chosen_nll(loss.name())?,
             Loss::Simpo => {
                 let (chosen, rejected) = self.mean_logps(loss)?;
-                let logits = self.shifted(chosen - rejected) * beta - self.config.simpo_gamma;
-                simpo::sigmoid(&logits, label_smoothing)
+                simpo::simpo(&self.shifted(chosen - rejected), beta, self.config.simpo_gamma, label_smoothing)
             }
-            Loss::Cpo => simpo::sigmoid(&(self.shifted(&self.policy.0 - &self.policy.1) * beta), label_smoothing),
+            Loss::Cpo => simpo::cpo(&self.shifted(&self.policy.0 - &self.policy.1), beta, label_smoothing),
             Loss::Orpo => {
                 let (chosen, rejected) = self.mean_logps(loss)?;
                 orpo::odds_ratio(&chosen, &rejected) * beta

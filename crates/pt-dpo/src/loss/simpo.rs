@@ -3,12 +3,18 @@
 use super::dpo;
 use pt_tensor::Tensor;
 
-/// DPO's loss on logits without a reference, `[num_pairs]`.
+/// −log σ(β·d̄ − γ), `[num_pairs]`, with d̄ = mean log π_c − mean log π_r over tokens.
 ///
-/// SimPO: β·(mean log π_c − mean log π_r) − γ, Meng et al. 2024, <https://arxiv.org/abs/2405.14734>, Eq. 6 (their β is 2 to 2.5, γ/β about a half).
-/// CPO: β·(log π_c − log π_r), Xu et al. 2024, <https://arxiv.org/abs/2401.08417>, Eq. 5, to which −log π_c is added. Smoothed labels as in TRL.
-pub(super) fn sigmoid(logits: &Tensor, label_smoothing: f64) -> Tensor {
-    dpo::sigmoid(logits, label_smoothing)
+/// Meng et al. 2024, <https://arxiv.org/abs/2405.14734>, Eq. 6 (their β is 2 to 2.5, γ/β about a half). Smoothed labels as in TRL.
+pub(super) fn simpo(mean_difference: &Tensor, beta: f64, gamma: f64, label_smoothing: f64) -> Tensor {
+    dpo::sigmoid(&(mean_difference * beta - gamma), label_smoothing)
+}
+
+/// −log σ(β·(log π_c − log π_r)), `[num_pairs]`, to which the chosen completion's −log p is added.
+///
+/// Xu et al. 2024, <https://arxiv.org/abs/2401.08417>, Eq. 5. Smoothed labels as in TRL.
+pub(super) fn cpo(difference: &Tensor, beta: f64, label_smoothing: f64) -> Tensor {
+    dpo::sigmoid(&(difference * beta), label_smoothing)
 }
 
 #[cfg(test)]

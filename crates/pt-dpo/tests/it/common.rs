@@ -37,7 +37,7 @@ pub(crate) fn examples(groups: &[PromptGroup], loss: &LossConfig) -> Vec<DpoExam
         judgement: Judgement::Ranks { ranks: vec![0, 1], scores: None },
         weight: 1.0,
     };
-    DpoExample::from_groups(groups.iter().map(judged).collect(), loss)
+    DpoExample::from_groups(groups.iter().map(judged).collect(), loss, 1000).unwrap()
 }
 
 /// A model with what is trained on it.

@@ -163,6 +163,35 @@ fn extreme_log_ratios_give_no_nan_in_value_or_gradient() {
 }
 
 #[test]
+fn extreme_log_ratios_of_single_completions_give_no_nan() {
+    for kind in [Kind::Float, Kind::Double] {
+        for (loss, kl, beta) in
+            [Loss::Kto, Loss::ApoZeroUnpaired].into_iter().flat_map(|l| [(l, 0.0, 0.1), (l, 1e4, 1.0)])
+        {
+            let config = LossConfig { beta, ..LossConfig::of(loss) };
+            let policy =
+                Tensor::from_slice(&[-100f64, -10100.0, -100.0, -10100.0]).to_kind(kind).set_requires_grad(true);
+            let rows = UnpairedBatch {
+                policy_logps: policy.shallow_clone(),
+                reference_logps: Tensor::from_slice(&[-10100f64, -100.0, -10100.0, -100.0]).to_kind(kind),
+                is_desirable: Tensor::from_slice(&[true, true, false, false]),
+                kl,
+                weights: None,
+            };
+            let out = unpaired_loss(&config, &rows).unwrap();
+            out.losses.sum(kind).backward();
+            for values in [&out.losses, &out.rewards, &policy.grad()] {
+                assert_eq!(values.isfinite().all().int64_value(&[]), 1, "{loss:?} {kl}: {values}");
+            }
+            // All won or all lost, but where the point of reference is as far up itself: half.
+            let expected = if loss == Loss::Kto && kl > 0.0 { [0.5, 1.0, 0.5, 0.0] } else { [0.0, 1.0, 1.0, 0.0] };
+            let found = Vec::<f64>::try_from(out.losses.detach().to_kind(Kind::Double)).unwrap();
+            assert!(found.iter().zip(expected).all(|(found, expected)| (found - expected).abs() < 1e-6), "{found:?}");
+        }
+    }
+}
+
+#[test]
 fn a_pairs_loss_does_not_depend_on_the_others_unless_the_loss_sorts() {
     for config in configs() {
         let nll_free = LossConfig { nll_weight: Some(0.0), ..config };

@@ -2,13 +2,13 @@
 
 use crate::common::{Setup, examples, fixtures, new_run, take_turns, tiny_llama};
 use pt_dpo::{
-    Dpo, DpoConfig, DpoExample, Loss, LossConfig, PairBatch, PairLogps, PolicyCopy, Reference, load_reference,
-    precompute, preference_loss, save_reference,
+    Dpo, DpoConfig, DpoError, DpoExample, Loss, LossConfig, NllAverage, PairBatch, PairLogps, PolicyCopy, Reference,
+    load_reference, precompute, preference_loss, save_reference,
 };
 use pt_model::{Bare, Completion, PackedBatch, PromptGroup, RunOptions, Sites};
 use pt_peft::{LoraAdapter, LoraConfig};
 use pt_tensor::{Device, Kind, LabelLogprobs, Tensor, no_grad};
-use pt_train::data::{BatchConfig, Judgement, PreferenceGroup};
+use pt_train::data::{BatchConfig, Judgement, PreferenceGroup, Scores};
 use pt_train::objective::{Example as _, Objective, Pass, evaluate};
 use pt_train::settings::TrainConfig;
 use pt_train::train::{Ending, StepRecord};
@@ -130,7 +130,7 @@ fn a_ranked_list_is_the_mean_over_its_pairs() {
     let all = [&one.completions[..], &two.completions[..1]].concat();
     let group = PromptGroup { prompt: one.prompt.clone(), completions: all.clone() };
     let judgement = Judgement::Ranks { ranks: vec![0, 1, 1], scores: None };
-    let list = DpoExample::from_groups(vec![PreferenceGroup { group, judgement, weight: 1.0 }], &config);
+    let list = DpoExample::from_groups(vec![PreferenceGroup { group, judgement, weight: 1.0 }], &config, 1000).unwrap();
     let pair = |index: usize| PromptGroup {
         prompt: one.prompt.clone(),
         completions: vec![all[0].clone(), all[index].clone()],
@@ -153,11 +153,13 @@ fn a_kept_reference_equals_a_live_one_and_other_rows_are_refused() {
 
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("reference_logps.safetensors");
-        save_reference(&path, [&rows, &[]]).unwrap();
+        save_reference(&path, [&rows, &[]], "bare").unwrap();
         let mut read = judged(&config);
-        load_reference(&path, [&mut read, &mut []]).unwrap();
+        load_reference(&path, [&mut read, &mut []], "bare").unwrap();
         assert!(rows.iter().zip(&read).all(|(one, other)| one.reference == other.reference && one.reference.is_some()));
-        let error = load_reference(&path, [&mut read[1..], &mut []]).unwrap_err().to_string();
+        let error = load_reference(&path, [&mut read, &mut []], "other").unwrap_err().to_string();
+        assert!(error.contains("of another reference"), "{error}");
+        let error = load_reference(&path, [&mut read[1..], &mut []], "bare").unwrap_err().to_string();
         assert!(error.contains("other train rows"), "{error}");
         // Rows without kept log-probs are told, not taken for zeros.
         let mut objective = Dpo::new(config.clone(), Reference::Precomputed).unwrap();
@@ -176,7 +178,7 @@ fn judged(config: &LossConfig) -> Vec<DpoExample> {
         judgement: Judgement::Labels(vec![index % 2 == 0]),
         weight: 1.0,
     };
-    DpoExample::from_groups(groups(6).into_iter().enumerate().map(label).collect(), config)
+    DpoExample::from_groups(groups(6).into_iter().enumerate().map(label).collect(), config, 1000).unwrap()
 }
 
 #[test]
@@ -196,6 +198,74 @@ fn ktos_point_of_reference_is_that_of_the_whole_window() {
     let evaluation = evaluate(&mut objective, &pass(&setup), &rows, 30, &mut |_| ()).unwrap();
     assert!((evaluation.loss / whole.0 - 1.0).abs() < 1e-6, "{evaluation:?}");
     assert!(evaluation.value("kl").is_some_and(|kl| kl >= 0.0));
+}
+
+#[test]
+fn a_mismatched_completion_is_of_another_prompt_and_fits() {
+    let config = LossConfig::of(Loss::Kto);
+    let row = |prompt: i64, completion: &[i64]| PreferenceGroup {
+        group: PromptGroup::single(vec![prompt; 3], Completion::new(completion.to_vec())),
+        judgement: Judgement::Labels(vec![true]),
+        weight: 1.0,
+    };
+    let rows = vec![row(1, &[10, 11]), row(1, &[12]), row(2, &[20, 21, 22, 23]), row(3, &[30]), row(1, &[13])];
+    let found = DpoExample::from_groups(rows.clone(), &config, 6).unwrap();
+    let completions: Vec<&[i64]> =
+        found.iter().map(|row| &row.mismatched.as_ref().unwrap().completions[0].token_ids[..]).collect();
+    assert_eq!(completions, [&[20i64, 21, 22][..], &[20, 21, 22], &[30], &[13], &[20, 21, 22]]);
+    assert!(found.iter().all(|row| row.mismatched.as_ref().unwrap().prompt == row.group().prompt));
+    let error = DpoExample::from_groups(rows[..2].to_vec(), &config, 6).unwrap_err();
+    assert!(matches!(error, DpoError::OnePrompt { num_rows: 2 }), "{error}");
+    assert!(error.hint().unwrap().contains("apo_zero_unpaired"));
+}
+
+#[test]
+fn ktos_margin_is_that_of_the_whole_window() {
+    let _turn = take_turns();
+    let setup = setup();
+    let config = LossConfig { beta: 1.0, ..LossConfig::of(Loss::Kto) };
+    let rows = judged(&config);
+    let margin = |window: &[Vec<&DpoExample>]| {
+        let record = Dpo::new(config.clone(), bare()).unwrap().accumulate(&pass(&setup), window).unwrap();
+        record.values.iter().find(|(name, _)| *name == "rewards/margins").unwrap().1
+    };
+    let whole = margin(&[rows.iter().collect()]);
+    // Desirable and undesirable rows take turns, so that each part has one side only.
+    let apart = margin(&rows.iter().map(|row| vec![row]).collect::<Vec<_>>());
+    assert!(whole.abs() > 1e-4 && (apart / whole - 1.0).abs() < 1e-4, "{whole} and {apart}");
+}
+
+#[test]
+fn ld_dpo_leaves_the_chosen_nll_alone() {
+    let _turn = take_turns();
+    let setup = setup();
+    for nll_average in [NllAverage::Tokens, NllAverage::Sequences] {
+        let loss = |nll_weight: f64, ld_alpha: Option<f64>| {
+            let config = LossConfig { nll_weight: Some(nll_weight), nll_average, ld_alpha, ..LossConfig::default() };
+            let rows = examples(&groups(6), &config);
+            gradients(&setup, &config, bare(), &[&rows[..2], &rows[2..]]).0
+        };
+        let nll = |ld_alpha| loss(1.0, ld_alpha) - loss(0.0, ld_alpha);
+        let (plain, with_ld) = (nll(None), nll(Some(0.0)));
+        assert!(plain > 0.1 && (with_ld / plain - 1.0).abs() < 1e-5, "{nll_average:?}: {with_ld} is not {plain}");
+    }
+}
+
+#[test]
+fn stated_margins_count_and_scores_do_where_the_settings_say() {
+    let _turn = take_turns();
+    let setup = setup();
+    let loss = |scores: Option<Scores>, margin_scale: f64| {
+        let config = LossConfig { margin_scale, ..LossConfig::default() };
+        let judgement = Judgement::Ranks { ranks: vec![0, 1], scores };
+        let group = groups(1).remove(0);
+        let row = PreferenceGroup { group, judgement, weight: 1.0 };
+        gradients(&setup, &config, bare(), &[&DpoExample::from_groups(vec![row], &config, 1000).unwrap()]).0
+    };
+    let scores = || Some([9.0, 1.0].into_iter().collect());
+    assert_eq!(loss(scores(), 0.0), loss(None, 0.0));
+    assert_eq!(loss(scores(), 0.25), loss(Some(Scores::of_margin(2.0)), 0.0));
+    assert!(loss(scores(), 0.25) > loss(None, 0.0) + 1.0);
 }
 
 fn config() -> TrainConfig<DpoConfig> {

@@ -17,6 +17,7 @@ use crate::{ModelError, Result};
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{BufReader, Read, Seek, SeekFrom};
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
@@ -123,10 +124,16 @@ impl Gguf {
     /// [`ModelError::MissingTensor`]; [`ModelError::Read`], also when the file has shrunk since it was opened.
     pub fn bytes(&self, name: &str) -> Result<Vec<u8>> {
         let info = self.info(name)?;
+        self.part(info, 0..info.num_bytes)
+    }
+
+    /// Some of a tensor's bytes; the range lies in it.
+    pub(crate) fn part(&self, info: &TensorInfo, range: Range<u64>) -> Result<Vec<u8>> {
         // Checked against the file's length when the header was read.
-        let mut bytes = vec![0; info.num_bytes as usize];
+        let mut bytes = vec![0; (range.end - range.start) as usize];
         let mut source = self.source.lock().unwrap_or_else(PoisonError::into_inner);
-        let attempt = source.seek(SeekFrom::Start(info.start)).and_then(|_| source.read_exact(&mut bytes));
+        let attempt =
+            source.seek(SeekFrom::Start(info.start + range.start)).and_then(|_| source.read_exact(&mut bytes));
         attempt.map_err(|source| ModelError::Read { path: self.path.clone(), source })?;
         Ok(bytes)
     }

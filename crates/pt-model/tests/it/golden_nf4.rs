@@ -1,6 +1,6 @@
 //! 4-bit checkpoints, both ways, against transformers with bitsandbytes.
 
-use super::common::cases;
+use super::common::{cases, fixtures};
 use super::{bare, max_error};
 use pt_model::{
     CausalLm, Completion, LinearFormat, PackedBatch, Pretrained, PromptGroup, RunOptions, quantize_checkpoint,
@@ -50,6 +50,37 @@ fn golden_models_nf4_checkpoints_of_bitsandbytes_give_its_logits() {
         let model = CausalLm::load_with(&dense, Device::Cpu, Kind::Float, format).unwrap();
         let error = max_error(&logits(&model, &case), &expected);
         assert!(error <= if options.double_quant { 2e-2 } else { 5e-5 }, "{}: {error}", case.display());
+    }
+}
+
+#[test]
+fn codes_and_scales_are_the_same_whatever_products_are_computed_in() {
+    // Weights that bf16 would round.
+    for name in ["llama", "llama_untied", "gpt2"] {
+        let dense = Pretrained::open(fixtures("models").join(name).join("model")).unwrap();
+        let tensors = |kind, with_output| {
+            let (options, arithmetic) = (Nf4Options::default(), Nf4Arithmetic::Exact);
+            let format = LinearFormat::Nf4 { options, arithmetic, with_output };
+            let model = CausalLm::load_with(&dense, Device::Cpu, kind, format).unwrap();
+            assert!(model.linear_layers().all(|layer| layer.weight.kind() == kind));
+            let of_layer = |layer: &pt_model::Linear| {
+                layer.weight.as_nf4().map(|nf4| nf4.tensors(&format!("{}.weight", layer.path)).unwrap())
+            };
+            let mut all: Vec<(String, Tensor)> = model.linear_layers().filter_map(of_layer).flatten().collect();
+            // The description names the kind.
+            all.retain(|(name, _)| !name.contains(".quant_state."));
+            all
+        };
+        for with_output in [false, true] {
+            let (narrow, wide) = (tensors(Kind::BFloat16, with_output), tensors(Kind::Float, with_output));
+            assert_eq!(narrow.iter().any(|(name, _)| name == "lm_head.weight"), with_output, "{name}");
+            assert!(narrow == wide, "{name}");
+        }
+        // A checkpoint that is quantized to compute in bf16 holds them too.
+        let (saved, _) = quantize_checkpoint(&dense, Kind::BFloat16, Nf4Options::default(), |_, _| ()).unwrap();
+        for (path, tensor) in tensors(Kind::Float, false) {
+            assert!(saved.iter().any(|(name, saved)| *name == path && *saved == tensor), "{name}: {path}");
+        }
     }
 }
 

@@ -108,8 +108,19 @@ impl BitDeltaAdapter {
         Self::new(StoredDelta::load(folder)?, base)
     }
 
-    /// The delta with its scales as they are now.
-    pub fn to_stored(&self) -> StoredDelta {
+    /// A copy of the delta with its scales as they are now, which training then leaves alone.
+    ///
+    /// # Errors
+    /// [`PeftError::Tensor`] when there is no memory for it.
+    pub fn to_stored(&self) -> Result<StoredDelta> {
+        let stored = self.shared();
+        let signs =
+            stored.signs.iter().map(|(path, signs)| Ok((path.clone(), signs.copy()?))).collect::<Result<_>>()?;
+        Ok(StoredDelta { signs, ..stored })
+    }
+
+    /// The delta, over the very tensors that are trained.
+    fn shared(&self) -> StoredDelta {
         let signs = self.layers.iter().flatten().map(|layer| (layer.path.clone(), layer.signs.clone())).collect();
         let whole = self.stored_whole.iter().map(|(name, value)| (name.clone(), value.shallow_clone())).collect();
         let config = BitDeltaConfig { distilled_steps: self.distilled_steps.get(), ..self.config.clone() };
@@ -192,10 +203,6 @@ impl Sites for BitDeltaAdapter {
     fn parameter(&self, path: &str) -> Option<Tensor> {
         if self.state.is_live() { self.whole.parameter(path) } else { None }
     }
-
-    fn set_training(&self, is_training: bool) -> bool {
-        self.state.is_training.replace(is_training)
-    }
 }
 
 impl Adapter for BitDeltaAdapter {
@@ -228,7 +235,7 @@ impl Adapter for BitDeltaAdapter {
     }
 
     fn save(&self, folder: &Path) -> Result<()> {
-        self.to_stored().save(folder)
+        self.shared().save(folder)
     }
 
     fn merge_into(&self, model: &mut CausalLm) -> Result<()> {

@@ -7,7 +7,7 @@
 use super::compress::{OUTPUT, embedding, is_plain, keeps, names};
 use super::config::BitDeltaConfig;
 use super::fingerprint::Fingerprint;
-use super::stored::StoredDelta;
+use super::stored::{StoredDelta, wrong_tensor};
 use crate::{PeftError, Result};
 use pt_model::{Architecture, Pretrained, is_block_linear};
 use pt_tensor::io::{SafetensorsReader, save_safetensors};
@@ -57,7 +57,11 @@ impl StoredDelta {
                     let (mask, size) = (mask?, value.size());
                     let expected = vec![size[1] / 32, size[0]];
                     if mask.size() == expected && size[1] % 32 == 0 {
-                        signs.push((module, ScaledSigns::from_bitdelta(&mask, &coeff?)?));
+                        let coeff = coeff?;
+                        if coeff.isfinite().all().int64_value(&[]) == 0 {
+                            return Err(wrong_tensor(path, &parts[1], "not finite".into(), "a finite scale"));
+                        }
+                        signs.push((module, ScaledSigns::from_bitdelta(&mask, &coeff)?));
                     } else {
                         shapes.push((parts[0].clone(), mask.size(), expected));
                     }

@@ -170,7 +170,7 @@ impl StoredDelta {
     }
 }
 
-fn wrong_tensor(path: &Path, name: &str, found: String, expected: &str) -> PeftError {
+pub(super) fn wrong_tensor(path: &Path, name: &str, found: String, expected: &str) -> PeftError {
     PeftError::Field { path: path.into(), field: name.into(), found, expected: expected.into() }
 }
 

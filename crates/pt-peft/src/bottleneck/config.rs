@@ -338,7 +338,7 @@ impl BottleneckConfig {
             }
         }
         if !features.is_empty() {
-            return Err(PeftError::Unsupported { path: path.into(), features });
+            return Err(PeftError::Unsupported { path: path.into(), features, is_mergeable: false });
         }
         let flag = |key: &str, default| -> Result<Option<bool>> {
             Ok(Some(fields.get(key, "true or false")?.unwrap_or(default)))
@@ -376,7 +376,7 @@ impl BottleneckConfig {
                 return Err(fields.wrong(key, &Value::Null, "the adapter's"));
             }
         }
-        config.validate()?;
+        config.validate().map_err(|error| error.in_file(path))?;
         Ok(config)
     }
 

@@ -8,12 +8,13 @@ use super::start::Place;
 use super::{LoraAdapter, LoraConfig};
 use crate::adapter::State;
 use crate::base::Base;
+use crate::config::Modules;
 use crate::saved::SavedModules;
 use crate::target::{Strictness, is_suffix, no_match, pattern_value, target_layers};
 use crate::{PeftError, Result, files};
 use pt_model::Linear;
 use pt_tensor::{Tensor, no_grad};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 /// What gets an update. Nothing of it is allocated yet.
@@ -62,6 +63,12 @@ impl<'a> Plan<'a> {
             return Err(fault("`lora_bias` with an update of the embedding, expected none there, as in PEFT".into()));
         }
         Ok(plan)
+    }
+
+    /// The last parts of the paths of the layers, each once.
+    fn short_names(&self) -> Vec<String> {
+        let last = |path: &str| path.rsplit('.').next().unwrap_or(path).to_string();
+        self.layers.iter().map(|(layer, _)| last(&layer.path)).collect::<BTreeSet<_>>().into_iter().collect()
     }
 
     /// Names (after the prefix) and shapes of the updates' tensors in files.
@@ -174,7 +181,11 @@ impl LoraAdapter {
     }
 
     /// The adapter with its updates zero.
-    fn assemble(config: LoraConfig, base: &Base<'_>, plan: Plan<'_>, copies: Copies) -> Result<Self> {
+    fn assemble(mut config: LoraConfig, base: &Base<'_>, plan: Plan<'_>, copies: Copies) -> Result<Self> {
+        if config.target_modules.is_all_linear() && !config.layers_to_transform.is_empty() {
+            // PEFT takes the numbers of layers beside a list of names only.
+            config.target_modules = Modules::Names(plan.short_names());
+        }
         let size = base.layers.iter().map(|layer| layer.index + 1).max().unwrap_or(0);
         let mut factors: Vec<Option<Factors>> = (0..size).map(|_| None).collect();
         let Copies { saved, biases, tokens } = copies;

@@ -190,10 +190,12 @@ impl LoraAdapter {
     pub fn combined<'a>(base: impl Into<Base<'a>>, parts: &[(&Self, f64)], how: Combination) -> Result<Self> {
         how.validate()?;
         let base = base.into();
-        for (adapter, weight) in parts {
-            adapter.check_plain()?;
+        for (index, (adapter, weight)) in parts.iter().enumerate() {
+            let place = format!("adapter {} of {}", index + 1, parts.len());
+            adapter.check_plain(&place)?;
             if !weight.is_finite() {
-                return Err(PeftError::Config { faults: vec![format!("a weight is {weight}, expected a number")] });
+                let fault = format!("the weight of {place} is {weight}, expected a number");
+                return Err(PeftError::Config { faults: vec![fault] });
             }
         }
         let mut paths: Vec<String> = Vec::new();
@@ -239,7 +241,7 @@ impl LoraAdapter {
     }
 
     /// That it has plain updates of linear layers and nothing else.
-    fn check_plain(&self) -> Result<()> {
+    fn check_plain(&self, place: &str) -> Result<()> {
         let mut more = Vec::new();
         let mut has = |is_there: bool, what: &'static str| more.extend(is_there.then_some(what));
         has(self.embedding.is_some() || self.tokens.is_some(), "trained embeddings");
@@ -256,7 +258,7 @@ impl LoraAdapter {
             return Ok(());
         }
         Err(PeftError::State(format!(
-            "only plain updates of linear layers can be combined; this one has {}",
+            "only plain updates of linear layers can be combined; {place} has {}",
             more.join(", ")
         )))
     }

@@ -243,7 +243,7 @@ impl LoraConfig {
             features.push(format!("`init_lora_weights` = {init}"));
         }
         if !features.is_empty() {
-            return Err(PeftError::Unsupported { path: path.into(), features });
+            return Err(PeftError::Unsupported { path: path.into(), features, is_mergeable: true });
         }
         let layers: Option<OneOrMany<i64>> = fields.get("layers_to_transform", "a number or a list of numbers")?;
         let pattern: Option<OneOrMany<String>> = fields.get("layers_pattern", "a name or a list of names")?;
@@ -270,7 +270,7 @@ impl LoraConfig {
             base_model_name_or_path: fields.get("base_model_name_or_path", "a name or a path")?,
             revision: fields.get("revision", "a revision")?,
         };
-        config.validate()?;
+        config.validate().map_err(|error| error.in_file(path))?;
         Ok(config)
     }
 

@@ -256,12 +256,7 @@ fn is_trained(name: &str, config: &TinytlConfig) -> bool {
 
 impl Sites for TinytlAdapter {
     fn linear(&self, layer: &Linear, hidden_states: &Tensor) -> pt_model::Result<Tensor> {
-        if self.state.is_live()
-            && let Some(output) = self.biases.linear(layer, hidden_states).map_err(to_model)?
-        {
-            return Ok(output);
-        }
-        layer.forward(hidden_states)
+        self.biases.linear(&self.state, layer, hidden_states).map_err(to_model)
     }
 
     fn gap(&self, site: &GapSite<'_>, hidden_states: Tensor) -> pt_model::Result<Tensor> {
@@ -272,7 +267,7 @@ impl Sites for TinytlAdapter {
     }
 
     fn parameter(&self, path: &str) -> Option<Tensor> {
-        if self.state.is_live() { self.biases.parameter(path) } else { None }
+        self.biases.parameter(&self.state, path)
     }
 }
 
@@ -298,12 +293,11 @@ impl Adapter for TinytlAdapter {
         hidden_states: &Tensor,
         inner: &dyn Fn(&Tensor) -> Result<Tensor>,
     ) -> Result<Tensor> {
-        let output = inner(hidden_states)?;
-        let is_live = self.state.is_live();
-        Ok(match self.biases.difference(layer, output.kind()).filter(|_| is_live) {
-            Some(difference) => output + difference,
-            None => output,
-        })
+        Ok(self.biases.around(&self.state, layer, inner(hidden_states)?))
+    }
+
+    fn replaced_parameters(&self) -> Vec<&str> {
+        self.biases.replaced()
     }
 
     fn note(&self) -> Option<String> {

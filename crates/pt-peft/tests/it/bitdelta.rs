@@ -1,14 +1,15 @@
 //! 1-bit deltas: against BitDelta's code path, the laws, files, and several in one batch.
 
+use crate::laws::two_sequences;
 use crate::{bf16, fixtures, nf4, sequences, tiny};
-use pt_model::{CausalLm, Pretrained, Sites};
-use pt_peft::testing::{Subject, adapter_laws, logits, trains_over};
+use pt_model::{CausalLm, Completion, PackedBatch, Pretrained, PromptGroup, RunOptions, Sites};
+use pt_peft::testing::{Subject, adapter_laws, disturb, logits, trains_over};
 use pt_peft::{
-    Adapter, AdapterSet, BitDeltaAdapter, BitDeltaConfig, FineTuned, KeptWhole, PeftError, ScaleSharing, StoredDelta,
-    TENSOR_FILE, compress, load_adapter, tenants_linear,
+    Adapter, AdapterSet, BitDeltaAdapter, BitDeltaConfig, FineTuned, KeptWhole, LoraAdapter, LoraConfig, PeftError,
+    ScaleSharing, StoredDelta, TENSOR_FILE, compress, load_adapter, tenants_linear,
 };
 use pt_tensor::io::{SafetensorsReader, save_safetensors};
-use pt_tensor::{Device, Kind, Tensor, no_grad};
+use pt_tensor::{Device, Kind, LabelLogprobs, Tensor, no_grad};
 use std::path::Path;
 use std::rc::Rc;
 
@@ -42,10 +43,6 @@ fn delta(name: &str, seed: f64, config: BitDeltaConfig, moves: impl Fn(&str) -> 
 
 fn sharing(scale_sharing: ScaleSharing) -> BitDeltaConfig {
     BitDeltaConfig { scale_sharing, ..Default::default() }
-}
-
-fn two_sequences() -> Vec<Vec<i64>> {
-    vec![(1..9).collect(), vec![40, 3, 77]]
 }
 
 fn distance(a: &Tensor, b: &Tensor) -> f64 {
@@ -109,7 +106,7 @@ fn check(model: &str, config: BitDeltaConfig, moves: impl Fn(&str) -> bool) {
     };
     adapter_laws(&subject, &mut tiny(model), &two_sequences(), folder.path()).unwrap();
     for base in [bf16(model), nf4(model)] {
-        trains_over(&subject, &base, &two_sequences()).unwrap();
+        trains_over(&subject, &base, &two_sequences(), folder.path()).unwrap();
     }
 }
 
@@ -264,6 +261,12 @@ fn the_original_packing_is_read_strictly_and_a_pickle_never() {
     let mut tensors: Vec<(String, Tensor)> =
         reader.names().map(|name| (name.to_string(), reader.tensor(name, Device::Cpu).unwrap())).collect();
     drop(reader);
+    let coeff = tensors.iter().position(|(name, _)| name.ends_with("q_proj.coeff")).unwrap();
+    let kept = std::mem::replace(&mut tensors[coeff].1, Tensor::from(f32::NAN));
+    save_safetensors(&path, &tensors, &[]).unwrap();
+    let error = import(&path).unwrap_err().to_string();
+    assert!(error.contains("diff.safetensors: `") && error.contains("q_proj.coeff` is not finite"), "{error}");
+    tensors[coeff].1 = kept;
     let mask = tensors.iter().position(|(name, _)| name.ends_with("q_proj.mask")).unwrap();
     tensors[mask].1 = tensors[mask].1.tr().contiguous();
     tensors.iter_mut().find(|(name, _)| name.ends_with("k_proj.coeff")).unwrap().0 += "s";
@@ -307,6 +310,67 @@ fn rows_of_several_deltas_give_what_each_gives_alone() {
             assert!(tenants_linear(layer, &x, &tenants[..5], &all).is_err());
         }
     }
+}
+
+#[test]
+fn one_delta_may_serve_two_tenants() {
+    let model = tiny("llama");
+    let made = delta("llama", 1.0, BitDeltaConfig::default(), |name| name.contains("proj"));
+    let adapter = BitDeltaAdapter::new(made, &model).unwrap();
+    let layer = model.linear_layers().next().unwrap();
+    let x = Tensor::ones([2, layer.weight.size().1], (Kind::Float, Device::Cpu));
+    let rows = no_grad(|| tenants_linear(layer, &x, &[Some(0), Some(1)], &[&adapter, &adapter])).unwrap();
+    assert!(distance(&rows, &adapter.linear(layer, &x).unwrap()) < 1e-5);
+}
+
+#[test]
+fn an_adapter_of_a_stored_copy_trains_apart() {
+    let model = tiny("llama");
+    let made = delta("llama", 1.0, BitDeltaConfig::default(), |name| name.contains("proj"));
+    let adapter = Rc::new(BitDeltaAdapter::new(made, &model).unwrap());
+    let copy = Rc::new(BitDeltaAdapter::new(adapter.to_stored().unwrap(), &model).unwrap());
+    let run = |adapter: &Rc<BitDeltaAdapter>| {
+        let sites: Rc<dyn Sites> = adapter.clone();
+        logits(&model, &sites, &two_sequences()).unwrap()
+    };
+    let before = run(&adapter);
+    assert!(before.equal(&run(&copy)));
+    for (_, mut scale) in adapter.parameters() {
+        let _ = no_grad(|| scale.g_mul_scalar_(3.0));
+    }
+    assert!(distance(&run(&adapter), &before) > 1e-3);
+    assert!(run(&copy).equal(&before));
+    // Each stays so when they are asked in turn.
+    assert!(distance(&run(&adapter), &before) > 1e-3);
+}
+
+#[test]
+fn a_delta_is_routed_beside_an_adapter_of_another_method() {
+    let model = tiny("llama");
+    let made = delta("llama", 1.0, BitDeltaConfig::default(), |name| name.contains("proj"));
+    let lora = LoraAdapter::new(LoraConfig::default(), &model, 1).unwrap();
+    disturb(&lora, 0.05);
+    let set = Rc::new(AdapterSet::new());
+    set.insert("delta", Rc::new(BitDeltaAdapter::new(made, &model).unwrap())).unwrap();
+    set.insert("lora", Rc::new(lora)).unwrap();
+    let routes = [Some("lora"), None, Some("delta"), Some("lora")];
+    let groups: Vec<PromptGroup> = [vec![5, 9, 14], vec![11], (1..10).collect(), vec![7, 7, 2, 40]]
+        .into_iter()
+        .map(|ids| PromptGroup::single(ids, Completion::new(vec![3, 8, 21])))
+        .collect();
+    let score = |groups: &[PromptGroup], routes: &[Option<&str>]| {
+        set.set_routes(routes).unwrap();
+        let (batch, sites) = (PackedBatch::new(groups, Device::Cpu).unwrap(), set.clone() as Rc<dyn Sites>);
+        no_grad(|| model.label_logprobs(&batch, &sites, RunOptions::default(), &LabelLogprobs::default()))
+            .unwrap()
+            .logprobs
+    };
+    let together = score(&groups, &routes);
+    let alone: Vec<Tensor> =
+        groups.iter().zip(routes).map(|(group, route)| score(std::slice::from_ref(group), &[route])).collect();
+    let off = distance(&together, &Tensor::cat(&alone, 0));
+    assert!(off < 1e-5, "off by {off:e}");
+    assert!(distance(&together, &score(&groups, &[None; 4])) > 1e-3);
 }
 
 #[test]

@@ -46,11 +46,11 @@ fn what_cannot_be_combined_is_refused_by_name() {
     let plain = lora(LoraConfig::default());
     let dora = lora(LoraConfig { use_dora: true, ..Default::default() });
     let error = LoraAdapter::combined(&model, &[(&plain, 1.0), (&dora, 1.0)], linear).unwrap_err();
-    assert!(matches!(&error, PeftError::State(why) if why.contains("DoRA's magnitudes")), "{error}");
+    assert!(matches!(&error, PeftError::State(why) if why.contains("adapter 2 of 2 has DoRA's magnitudes")), "{error}");
     let other = LoraAdapter::new(LoraConfig { rank: 2, ..Default::default() }, &model, 1).unwrap();
     let error = LoraAdapter::combined(&model, &[(&plain, 1.0), (&other, 1.0)], linear).unwrap_err();
     assert!(error.to_string().contains("rank 2 beside one of rank 4"), "{error}");
     let error = LoraAdapter::combined(&model, &[(&plain, f64::NAN)], linear).unwrap_err();
-    assert!(error.to_string().contains("a weight is NaN"), "{error}");
+    assert!(error.to_string().contains("the weight of adapter 1 of 1 is NaN"), "{error}");
     assert!(LoraAdapter::combined(&model, &[], linear).is_err());
 }

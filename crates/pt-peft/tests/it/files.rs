@@ -1,7 +1,7 @@
 //! Adapter folders: what is written, and what is refused by name.
 
 use crate::{fixtures, tiny};
-use pt_peft::{Adapter, CONFIG_FILE, LoraAdapter, LoraConfig, PeftError, TENSOR_FILE};
+use pt_peft::{Adapter, CONFIG_FILE, LoraAdapter, LoraConfig, MethodConfig, PeftError, TENSOR_FILE, load_adapter};
 use pt_tensor::io::{SafetensorsReader, save_safetensors};
 use pt_tensor::{Device, Tensor};
 use std::path::Path;
@@ -54,6 +54,24 @@ fn adapters_of_peft_are_written_back_with_the_same_tensors_and_settings() {
         let left: Vec<_> = std::fs::read_dir(folder.path().join("new")).unwrap().collect();
         assert_eq!(left.len(), 1, "a temporary folder was left behind");
     }
+}
+
+#[test]
+fn all_linear_beside_chosen_layers_is_saved_as_names_which_is_all_that_peft_takes_there() {
+    let model = tiny("llama");
+    let config = LoraConfig { layers_to_transform: vec![1], ..Default::default() };
+    let adapter = LoraAdapter::new(config, &model, 1).unwrap();
+    let paths = |adapter: &LoraAdapter| adapter.targets().map(|(path, _)| path.to_string()).collect::<Vec<_>>();
+    assert!(adapter.targets().all(|(path, _)| path.starts_with("model.layers.1.")), "{:?}", paths(&adapter));
+    assert_eq!(adapter.targets().count(), 7);
+    let folder = tempfile::tempdir().unwrap();
+    adapter.save(folder.path()).unwrap();
+    let config = std::fs::read(folder.path().join(CONFIG_FILE)).unwrap();
+    let config: serde_json::Value = serde_json::from_slice(&config).unwrap();
+    let names = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"];
+    assert_eq!(config["target_modules"], serde_json::json!(names));
+    assert_eq!(config["layers_to_transform"], serde_json::json!([1]));
+    assert_eq!(paths(&LoraAdapter::load(folder.path(), &model).unwrap()), paths(&adapter));
 }
 
 #[test]
@@ -131,6 +149,21 @@ fn an_adapter_of_another_architecture_lists_what_the_model_has() {
     let error = LoraAdapter::load(&fixtures().join("lora/gpt2_conv1d/adapter"), &tiny("llama")).unwrap_err();
     assert_eq!(error.to_string(), "`target_modules`: nothing matches `c_attn` in this model");
     assert!(error.hint().unwrap().contains("`q_proj`"), "{error:?}");
+    let error = load_adapter(&fixtures().join("lora/gpt2_conv1d/adapter"), &tiny("llama")).unwrap_err();
+    let text = error.to_string();
+    assert!(text.ends_with("/adapter_config.json: `target_modules`: nothing matches `c_attn` in this model"), "{text}");
+    assert!(error.hint().unwrap().contains("`q_proj`"), "{error:?}");
+}
+
+#[test]
+fn a_fault_of_settings_in_a_file_names_the_file() {
+    let folder = tempfile::tempdir().unwrap();
+    let text = r#"{"peft_type": "LORA", "r": 0, "target_modules": ["q_proj"]}"#;
+    std::fs::write(folder.path().join(CONFIG_FILE), text).unwrap();
+    let error = MethodConfig::from_folder(folder.path()).unwrap_err().to_string();
+    let expected =
+        format!("{}: a fault in the adapter's settings: `rank` is 0", folder.path().join(CONFIG_FILE).display());
+    assert!(error.starts_with(&expected), "{error}");
 }
 
 #[test]

@@ -34,7 +34,7 @@ fn check_from(model: &str, config: LoraConfig, starts_neutral: bool) {
     };
     adapter_laws(&subject, &mut tiny(model), &two_sequences(), folder.path()).unwrap();
     for base in [bf16(model), nf4(model)] {
-        trains_over(&subject, &base, &two_sequences()).unwrap();
+        trains_over(&subject, &base, &two_sequences(), folder.path()).unwrap();
     }
 }
 
@@ -44,7 +44,7 @@ fn check_method(model: &str, new: &dyn Fn(&pt_model::CausalLm) -> pt_peft::testi
     let subject = Subject { new, load: &load_adapter, tolerance: 2e-5, starts_neutral: true, is_mergeable: true };
     adapter_laws(&subject, &mut tiny(model), &two_sequences(), folder.path()).unwrap();
     for base in [bf16(model), nf4(model)] {
-        trains_over(&subject, &base, &two_sequences()).unwrap();
+        trains_over(&subject, &base, &two_sequences(), folder.path()).unwrap();
     }
 }
 
@@ -61,6 +61,12 @@ fn ia3_keeps_the_laws_where_peft_puts_it_and_elsewhere() {
         "llama_untied",
         Ia3Config { target_modules: all, modules_to_save: vec!["lm_head".into()], ..Default::default() },
     );
+    // Targets alone: the feed-forward layers are those of the architecture that are among them.
+    for (targets, is_input) in [(&["q_proj"][..], false), (&["down_proj"], true)] {
+        let config = Ia3Config { target_modules: Some(names(targets)), ..Default::default() };
+        let adapter = Ia3Adapter::new(config, &tiny("llama")).unwrap();
+        assert!(adapter.targets().count() > 0 && adapter.targets().all(|(_, of_input)| of_input == is_input));
+    }
     let output = Some(names(&["q_proj", "lm_head"]));
     for feedforward in [&[][..], &["lm_head"]] {
         let feedforward_modules = Some(names(feedforward));
@@ -96,7 +102,7 @@ fn bottleneck_adapters_keep_the_laws_in_each_form() {
         };
         adapter_laws(&subject, &mut tiny(model), &two_sequences(), folder.path()).unwrap();
         for base in [bf16(model), nf4(model)] {
-            trains_over(&subject, &base, &two_sequences()).unwrap();
+            trains_over(&subject, &base, &two_sequences(), folder.path()).unwrap();
         }
     };
     for preset in [Preset::SeqBn, Preset::DoubleSeqBn, Preset::ParBn] {
@@ -128,7 +134,7 @@ fn tinytl_keeps_the_laws_in_each_mode() {
         };
         adapter_laws(&subject, &mut tiny(model), &two_sequences(), folder.path()).unwrap();
         for base in [bf16(model), nf4(model)] {
-            trains_over(&subject, &base, &two_sequences()).unwrap();
+            trains_over(&subject, &base, &two_sequences(), folder.path()).unwrap();
         }
     };
     for mode in [TinytlMode::Bias, TinytlMode::LiteResidual, TinytlMode::Both] {
@@ -142,7 +148,7 @@ fn tinytl_keeps_the_laws_in_each_mode() {
     check("llama_untied", TinytlConfig { kernel_size: 2, groups: 4, ..short });
 }
 
-fn rank4() -> LoraConfig {
+pub(crate) fn rank4() -> LoraConfig {
     LoraConfig { rank: 4, lora_alpha: 8.0, ..Default::default() }
 }
 

@@ -1,23 +1,15 @@
 //! Several adapters over one model.
 
+use crate::laws::{names, rank4, two_sequences};
 use crate::tiny;
 use pt_model::{Bare, CausalLm, Completion, GenerateConfig, PackedBatch, PromptGroup, RunOptions, Sites, generate};
 use pt_peft::testing::{disturb, logits};
-use pt_peft::{AdapterSet, LoraAdapter, LoraConfig, Modules, PeftError};
+use pt_peft::{
+    Adapter, AdapterSet, BitfitAdapter, BitfitConfig, LoraAdapter, LoraConfig, PeftError, PromptTuningAdapter,
+    PromptTuningConfig, TinytlAdapter, TinytlConfig, TinytlMode,
+};
 use pt_tensor::{Device, LabelLogprobs, Tensor};
 use std::rc::Rc;
-
-fn names(names: &[&str]) -> Modules {
-    Modules::Names(names.iter().map(ToString::to_string).collect())
-}
-
-fn two_sequences() -> Vec<Vec<i64>> {
-    vec![(1..9).collect(), vec![40, 3, 77]]
-}
-
-fn rank4() -> LoraConfig {
-    LoraConfig { rank: 4, lora_alpha: 8.0, ..Default::default() }
-}
 
 fn lora(model: &CausalLm, config: LoraConfig, seed: u64) -> Rc<LoraAdapter> {
     let adapter = Rc::new(LoraAdapter::new(config, model, seed).unwrap());
@@ -65,6 +57,76 @@ fn two_adapters_cannot_both_replace_a_parameter() {
         set.insert(name, Rc::new(LoraAdapter::new(config.clone(), &model, 1).unwrap())).unwrap();
     }
     assert!(matches!(set.set_active(&["a", "b"]), Err(PeftError::State(_))));
+}
+
+#[test]
+fn biases_of_norms_are_replaced_by_one_adapter_only_and_those_of_layers_add_up() {
+    let model = tiny("gpt2");
+    let bitfit = |config| -> Rc<dyn Adapter> { Rc::new(BitfitAdapter::new(config, &model).unwrap()) };
+    let tinytl = |mode| -> Rc<dyn Adapter> {
+        Rc::new(TinytlAdapter::new(TinytlConfig { mode, ..TinytlConfig::default() }, &model, 1).unwrap())
+    };
+    let set = AdapterSet::new();
+    set.insert("bitfit", bitfit(BitfitConfig::default())).unwrap();
+    set.insert("tinytl", tinytl(TinytlMode::Both)).unwrap();
+    let error = set.set_active(&["bitfit", "tinytl"]).unwrap_err().to_string();
+    assert!(error.starts_with("`bitfit` and `tinytl` both replace `transformer."), "{error}");
+    set.insert("tinytl", tinytl(TinytlMode::LiteResidual)).unwrap();
+    set.set_active(&["bitfit", "tinytl"]).unwrap();
+    let layers = BitfitConfig { target_modules: Some(names(&["c_fc"])), ..BitfitConfig::default() };
+    set.insert("layers", bitfit(layers)).unwrap();
+    set.set_active(&["bitfit", "layers"]).unwrap();
+}
+
+#[test]
+fn virtual_tokens_of_a_routed_batch_are_those_of_its_routes() {
+    let model = tiny("llama");
+    let config = PromptTuningConfig { num_virtual_tokens: 5, ..PromptTuningConfig::default() };
+    let set = AdapterSet::new();
+    set.insert("prompt", Rc::new(PromptTuningAdapter::new(config, &model, None, 1).unwrap())).unwrap();
+    set.insert("lora", lora(&model, rank4(), 1)).unwrap();
+    assert_eq!(set.num_virtual_tokens(), 5, "the first is active");
+    for (routes, count) in [([Some("lora"), None], 0), ([Some("prompt"), Some("prompt")], 5)] {
+        set.set_routes(&routes).unwrap();
+        assert_eq!(set.num_virtual_tokens(), count);
+    }
+    // A prompt that leaves no room for tokens that it does not get is completed.
+    let context = model.config().max_position_embeddings;
+    let prompt: Vec<i64> = (0..context - 2).map(|i| i % 100).collect();
+    let set = Rc::new(set);
+    let sites: Rc<dyn Sites> = set.clone();
+    let run = || {
+        let config = GenerateConfig { max_new_tokens: 1, ..Default::default() };
+        generate(&model, None, std::slice::from_ref(&prompt), &config, &sites, |_, _| true)
+    };
+    assert!(run().is_err());
+    set.set_routes(&[None]).unwrap();
+    assert_eq!(run().unwrap()[0].token_ids.len(), 1);
+}
+
+#[test]
+fn an_adapter_is_exchanged_between_two_requests_of_a_generation_loop() {
+    let model = tiny("llama");
+    let set = Rc::new(AdapterSet::new());
+    let sites: Rc<dyn Sites> = set.clone();
+    let answer = |sites: &Rc<dyn Sites>| {
+        let config = GenerateConfig { max_new_tokens: 6, with_logprobs: true, ..Default::default() };
+        let mut out = generate(&model, None, &[vec![5, 9, 14]], &config, sites, |_, _| true).unwrap();
+        let first = out.swap_remove(0);
+        (first.token_ids, first.logprobs.unwrap())
+    };
+    let bare: Rc<dyn Sites> = Rc::new(Bare);
+    let mut answers = Vec::new();
+    for seed in [1, 2] {
+        let adapter = lora(&model, rank4(), seed);
+        set.insert("a", adapter.clone()).unwrap();
+        let alone: Rc<dyn Sites> = adapter;
+        answers.push(answer(&sites));
+        assert_eq!(answers.last(), Some(&answer(&alone)));
+    }
+    assert_ne!(answers[0], answers[1]);
+    set.remove("a").unwrap();
+    assert_eq!(answer(&sites), answer(&bare));
 }
 
 #[test]

@@ -144,7 +144,7 @@ fn keeps_the_laws(model: &str, config: MethodConfig) {
     };
     adapter_laws(&subject, &mut tiny(model), &two_sequences(), folder.path()).unwrap();
     for base in [bf16(model), nf4(model)] {
-        trains_over(&subject, &base, &two_sequences()).unwrap();
+        trains_over(&subject, &base, &two_sequences(), folder.path()).unwrap();
     }
 }
 

@@ -68,9 +68,17 @@ impl Nf4Weight {
     /// # Errors
     /// [`TensorError::Shape`] unless it has two axes, [`TensorError::Quant`] for a block size that there is not.
     pub fn quantize(weight: &Tensor, options: Nf4Options) -> Result<Self> {
+        Self::quantize_as(weight, options, weight.kind(), weight.device())
+    }
+
+    /// As [`quantize`](Self::quantize), to compute in another kind or on another device. A weight that comes as it is stored gets the same
+    /// codes and scales whatever it computes in; one that was cast to a narrower kind before would not.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn quantize_as(weight: &Tensor, options: Nf4Options, kind: Kind, device: Device) -> Result<Self> {
         let block4 = quantize(weight, options)?;
-        let (out_features, in_features) = weight.size2()?;
-        Self::new(block4.as_ref(), (out_features, in_features), weight.kind(), weight.device())
+        Self::new(block4.as_ref(), weight.size2()?, kind, device)
     }
 
     /// Holds a 4-bit tensor of `size` = (out_features, in_features) that computes in `kind` on `device`.
@@ -147,13 +155,13 @@ impl Nf4Weight {
     }
 }
 
-/// The tensors that bitsandbytes saves for a dense weight called `name`, quantized: codes, scales, tables and a description. Written with
-/// [`save_sharded`](crate::io::save_sharded), transformers loads them, and so does [`Nf4Weight::read`].
+/// The tensors that bitsandbytes saves for a dense weight called `name`, quantized to compute in `kind`: codes, scales, tables and a
+/// description. Written with [`save_sharded`](crate::io::save_sharded), transformers loads them, and so does [`Nf4Weight::read`].
 ///
 /// # Errors
 /// As [`Nf4Weight::quantize`].
-pub fn nf4_tensors(name: &str, weight: &Tensor, options: Nf4Options) -> Result<Vec<(String, Tensor)>> {
-    saved_tensors(name, &quantize(weight, options)?, &weight.size(), weight.kind())
+pub fn nf4_tensors(name: &str, weight: &Tensor, options: Nf4Options, kind: Kind) -> Result<Vec<(String, Tensor)>> {
+    saved_tensors(name, &quantize(weight, options)?, &weight.size(), kind)
 }
 
 fn saved_tensors(name: &str, block4: &Block4, size: &[i64], kind: Kind) -> Result<Vec<(String, Tensor)>> {
@@ -472,7 +480,7 @@ mod tests {
         for (kind, double_quant) in [(Kind::Float, false), (Kind::BFloat16, true), (Kind::Half, true)] {
             let dense = draw(&[48, 80], kind);
             let options = Nf4Options { double_quant, ..Nf4Options::default() };
-            let mut tensors = nf4_tensors("a.weight", &dense, options).unwrap();
+            let mut tensors = nf4_tensors("a.weight", &dense, options, kind).unwrap();
             tensors.push(("b".into(), draw(&[3], kind)));
             crate::io::save_sharded(folder.path(), &tensors, 600).unwrap();
             let reader = SafetensorsReader::open(folder.path()).unwrap();

@@ -204,6 +204,14 @@ impl ScaledSigns {
         if self.scale.device() == device { Ok(self.clone()) } else { Self::new(self.delta()?.as_ref(), device) }
     }
 
+    /// A copy with signs and scales of its own, as the scales are now; a clone would go on sharing them.
+    ///
+    /// # Errors
+    /// [`TensorError::Torch`] when there is no memory for it.
+    pub fn copy(&self) -> Result<Self> {
+        Self::new(self.delta()?.as_ref(), self.scale.device())
+    }
+
     /// `delta_scale · signs` as a dense tensor, f32, without a graph.
     ///
     /// # Errors
@@ -278,13 +286,18 @@ pub fn add_deltas(
     }
     let is_recorded = [y, hidden_states].into_iter().chain(deltas.iter().map(|delta| &delta.scale));
     let is_recorded = is_grad_enabled() && is_recorded.into_iter().any(Tensor::requires_grad);
-    let mut lookups = Vec::new();
-    for delta in deltas {
-        if let Store::Cpu(lookup) = delta.store.as_ref() {
-            lookup.borrow_mut().follow(&delta.scale.detach(), delta.axis)?;
-            lookups.push(lookup.borrow());
-        }
+    let on_cpu: Vec<(&RefCell<Lookup>, &ScaledSigns)> = deltas
+        .iter()
+        .filter_map(|&delta| match delta.store.as_ref() {
+            Store::Cpu(lookup) => Some((lookup, delta)),
+            Store::Device(_) => None,
+        })
+        .collect();
+    // All are brought up to date before one is read: a delta may be there twice, or beside a clone that shares its store.
+    for (lookup, delta) in &on_cpu {
+        lookup.borrow_mut().follow(&delta.scale.detach(), delta.axis)?;
     }
+    let lookups: Vec<_> = on_cpu.iter().map(|(lookup, _)| lookup.borrow()).collect();
     if !is_recorded && lookups.len() == deltas.len() {
         let matrices: Vec<&DeltaMatrix> = lookups.iter().map(|lookup| &lookup.matrix).collect();
         return no_grad(|| add_tenants(&matrices, tenants, y, hidden_states));
@@ -636,6 +649,28 @@ mod tests {
         let dense = deltas[2].dense().unwrap().sum_dim_intlist([0i64].as_slice(), false, Kind::Float);
         assert!(distance(&leaf.grad().get(0), &dense) < 1e-5);
         assert!(add_deltas(&refs[..2], &tenants, &y, &x).unwrap_err().to_string().contains("under 2"));
+    }
+
+    #[test]
+    fn a_delta_may_stand_twice_and_beside_its_clone() {
+        let _lock = crate::random::test_lock();
+        let signs = fitted(ScaleAxis::Row);
+        let clone = signs.clone();
+        let (x, y) = (draw(&[3, 200]), draw(&[3, 70]));
+        let together = add_deltas(&[&signs, &clone, &signs], &[Some(0), Some(1), Some(2)], &y, &x).unwrap();
+        assert!(distance(&together, &signs.add_to(&y, &x).unwrap()) < 1e-6);
+    }
+
+    #[test]
+    fn a_copy_has_scales_of_its_own_and_a_clone_has_not() {
+        let _lock = crate::random::test_lock();
+        let signs = fitted(ScaleAxis::Matrix);
+        let (clone, copy, before) = (signs.clone(), signs.copy().unwrap(), signs.dense().unwrap());
+        let _ = no_grad(|| signs.scale.shallow_clone().g_mul_scalar_(2.0));
+        assert_eq!(clone.dense().unwrap(), &before * 2.0);
+        assert_eq!(copy.dense().unwrap(), before);
+        let (x, y) = (draw(&[2, 200]), Tensor::zeros([2, 70], (Kind::Float, Device::Cpu)));
+        assert!(distance(&copy.add_to(&y, &x).unwrap(), &x.linear(&before, None::<Tensor>)) < 1e-5);
     }
 
     #[test]

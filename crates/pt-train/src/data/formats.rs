@@ -102,7 +102,7 @@ impl RowContent {
     }
 
     /// Plain prompts as a user's turn, what follows them as the assistant's; texts without a prompt stay.
-    fn into_chat(self) -> Self {
+    pub(super) fn into_chat(self) -> Self {
         let turn = |role: &str, text: Text| match text {
             Text::Plain(text) => Text::Chat(vec![Message::new(role, text.trim())]),
             chat => chat,
@@ -160,8 +160,19 @@ pub struct ReadOptions {
 /// # Errors
 /// As [`read_source`]; also when `paths` is empty.
 pub fn read_rows(paths: &[PathBuf], options: &ReadOptions) -> Result<Vec<Row>> {
-    let mut names: Vec<String> = Vec::new();
     let mut rows = Vec::new();
+    for (path, name) in paths.iter().zip(source_names(paths)) {
+        rows.extend(read_source(path, &name, options)?);
+    }
+    if rows.is_empty() {
+        return Err(TrainError::EmptyData { path: paths.first().cloned().unwrap_or_default() });
+    }
+    Ok(rows)
+}
+
+/// A name for each path, no two alike.
+pub(super) fn source_names(paths: &[PathBuf]) -> Vec<String> {
+    let mut names: Vec<String> = Vec::new();
     for path in paths {
         let stem = path.file_stem().map_or_else(|| "data".to_owned(), |stem| stem.to_string_lossy().into_owned());
         let mut name = stem.clone();
@@ -170,13 +181,9 @@ pub fn read_rows(paths: &[PathBuf], options: &ReadOptions) -> Result<Vec<Row>> {
             copies += 1;
             name = format!("{stem}-{copies}");
         }
-        rows.extend(read_source(path, &name, options)?);
         names.push(name);
     }
-    if rows.is_empty() {
-        return Err(TrainError::EmptyData { path: paths.first().cloned().unwrap_or_default() });
-    }
-    Ok(rows)
+    names
 }
 
 /// Reads one source: a `.jsonl` or `.json` file, or a folder of them in the order of their names.
@@ -201,7 +208,7 @@ pub fn read_source(path: &Path, name: &str, options: &ReadOptions) -> Result<Vec
     Ok(rows)
 }
 
-fn data_files(path: &Path) -> Result<Vec<PathBuf>> {
+pub(super) fn data_files(path: &Path) -> Result<Vec<PathBuf>> {
     let is_data = |path: &Path| {
         path.extension().is_some_and(|ext| ext.eq_ignore_ascii_case("jsonl") || ext.eq_ignore_ascii_case("json"))
     };
@@ -224,7 +231,7 @@ fn data_files(path: &Path) -> Result<Vec<PathBuf>> {
 }
 
 /// The JSON values of a file, each with its place, at most `limit` of them.
-fn read_values(path: &Path, limit: usize) -> Result<Vec<(Value, Origin)>> {
+pub(super) fn read_values(path: &Path, limit: usize) -> Result<Vec<(Value, Origin)>> {
     let bytes = std::fs::read(path).map_err(TrainError::read(path))?;
     let bytes = bytes.strip_prefix(b"\xEF\xBB\xBF").unwrap_or(&bytes);
     let is_array = bytes.iter().find(|byte| !byte.is_ascii_whitespace()) == Some(&b'[');
@@ -257,7 +264,7 @@ fn read_values(path: &Path, limit: usize) -> Result<Vec<(Value, Origin)>> {
     Ok(values)
 }
 
-fn parse_adapter(row: &Value, origin: &Origin) -> Result<Option<String>> {
+pub(super) fn parse_adapter(row: &Value, origin: &Origin) -> Result<Option<String>> {
     match row.get("adapter") {
         None | Some(Value::Null) => Ok(None),
         Some(Value::String(name)) => Ok(Some(name.clone())),
@@ -265,7 +272,8 @@ fn parse_adapter(row: &Value, origin: &Origin) -> Result<Option<String>> {
     }
 }
 
-fn parse_row(value: Value, origin: &Origin, options: &ReadOptions) -> Result<RowContent> {
+/// The fields of a row under our names.
+pub(super) fn renamed(value: Value, origin: &Origin, options: &ReadOptions) -> Result<Map<String, Value>> {
     let Value::Object(mut fields) = value else {
         return Err(field_error(origin, "row", &value, "an object"));
     };
@@ -281,12 +289,21 @@ fn parse_row(value: Value, origin: &Origin, options: &ReadOptions) -> Result<Row
             });
         }
     }
-    let has = |name: &str| fields.contains_key(name);
-    let tools = fields.get("tools").filter(|tools| !tools.is_null()).map(|tools| match tools {
+    Ok(fields)
+}
+
+pub(super) fn parse_tools(fields: &Map<String, Value>) -> Option<Value> {
+    fields.get("tools").filter(|tools| !tools.is_null()).map(|tools| match tools {
         // Some sets keep tools as JSON in a string, since columnar files dislike ragged objects.
         Value::String(text) => serde_json::from_str(text).unwrap_or_else(|_| tools.clone()),
         other => other.clone(),
-    });
+    })
+}
+
+fn parse_row(value: Value, origin: &Origin, options: &ReadOptions) -> Result<RowContent> {
+    let fields = renamed(value, origin, options)?;
+    let has = |name: &str| fields.contains_key(name);
+    let tools = parse_tools(&fields);
     if let Some(preference) = parse_preference(&fields, tools.clone(), options.preferences, origin)? {
         return Ok(preference);
     }

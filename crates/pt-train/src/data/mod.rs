@@ -7,6 +7,8 @@
 //! Rows that judge completions become [`PreferenceGroup`]s ([`preferences`]), with checks of their own beside the shared
 //! ones ([`preference_checks`]).
 //!
+//! Rows that only ask are read beside all their other fields, which are for whoever scores the answers ([`prompts`]).
+//!
 //! Nothing here touches tensors or a particular tokenizer: [`Encode`] is all that is asked of one.
 
 pub mod checks;
@@ -16,6 +18,7 @@ pub mod packing;
 pub mod preference_checks;
 mod preference_rows;
 pub mod preferences;
+pub mod prompts;
 
 pub use checks::{Preflight, PreflightSummary, Rendering, SourceSummary, overlap, preflight, render_example};
 pub use formats::{Message, ReadOptions, Row, RowContent, Text, read_rows, read_source};
@@ -24,7 +27,10 @@ pub use packing::{BatchConfig, Batches, Cursor};
 pub use preference_checks::{
     PreferencePreflight, PreferenceSource, PreferenceSummary, preference_preflight, prompt_overlap, render_preference,
 };
-pub use preferences::{HeldOut, Judgement, Pair, PreferenceGroup, join_labels, row_to_preference, split_by_prompt};
+pub use preferences::{
+    HeldOut, Judgement, Pair, PreferenceGroup, Scores, join_labels, row_to_preference, split_by_prompt,
+};
+pub use prompts::read_prompts;
 pub use pt_model::{Completion, PromptGroup};
 
 use serde_json::Value;

@@ -172,9 +172,11 @@ pub fn split_by_tokens(
     batches
 }
 
+/// The order of an epoch over `rows` rows, by the seed and the epoch alone.
+///
 /// Fisher-Yates over SplitMix64, written out here: a run must resume to the same order whatever version of a
 /// random number library it is built with.
-fn epoch_order(rows: usize, config: &BatchConfig, epoch: u64) -> Vec<usize> {
+pub fn epoch_order(rows: usize, config: &BatchConfig, epoch: u64) -> Vec<usize> {
     let mut order: Vec<usize> = (0..rows).collect();
     if config.shuffle {
         let mut state = split_mix(&mut (config.seed ^ split_mix(&mut epoch.wrapping_add(0x5851_F42D_4C95_7F2D))));

@@ -357,7 +357,8 @@ pub fn render_preference(group: &PreferenceGroup, encoder: &dyn Encode, colour: 
                 format!("rank {}{score}", ranks[index])
             }
             Judgement::Ranks { ranks, .. } => {
-                let margin = group.pairs().first().map_or(0.0, |pair| pair.margin);
+                let stated = group.pairs().first().filter(|_| group.judgement.states_margin()).map(|pair| pair.margin);
+                let margin = stated.unwrap_or(0.0);
                 let margin = if margin == 0.0 { String::new() } else { format!(" by a margin of {margin}") };
                 if ranks[index] == 0 { format!("chosen{margin}") } else { "rejected".into() }
             }
@@ -374,6 +375,7 @@ pub fn render_preference(group: &PreferenceGroup, encoder: &dyn Encode, colour: 
 #[cfg(test)]
 mod tests {
     use super::super::groups::testing::*;
+    use super::super::preferences::Scores;
     use super::super::{Message, OnEmpty, RowContent, Text, TooLong};
     use super::*;
     use crate::error::TrainError;
@@ -383,7 +385,7 @@ mod tests {
         RowContent::Preference {
             prompt: Some(Text::Plain(prompt.into())),
             completions: completions.iter().map(|text| Text::Plain((*text).into())).collect(),
-            judgement: Judgement::Ranks { ranks: ranks.into(), scores: scores.map(<[f64]>::to_vec) },
+            judgement: Judgement::Ranks { ranks: ranks.into(), scores: scores.map(Scores::from) },
             weight: 1.0,
             tools: None,
         }
@@ -551,7 +553,17 @@ mod tests {
 
     #[test]
     fn an_example_shows_the_prompt_once_and_each_side_with_its_end() {
-        let rows = rows(&[ranked("ab", &["c", "d"], &[1, 0], Some(&[0.0, 1.5]))]);
+        let mut scored = ranked("ab", &["d", "c"], &[0, 1], Some(&[1.5, 0.0]));
+        let told = |content: &RowContent| {
+            let group = row_to_preference(&row(content.clone(), 1), &CHARACTERS).expect("good");
+            render_preference(&group, &CHARACTERS, false).contains("-- chosen by a margin of 1.5, 2 tokens")
+        };
+        // A difference of scores is no margin yet.
+        assert!(!told(&scored));
+        if let RowContent::Preference { judgement, .. } = &mut scored {
+            *judgement = Judgement::Ranks { ranks: vec![0, 1], scores: Some(Scores::of_margin(1.5)) };
+        }
+        let rows = rows(&[scored]);
         let checked = preference_preflight(&rows, &CHARACTERS, &DataConfig::default()).expect("good");
         let text = checked.examples(&rows, &CHARACTERS, false).concat();
         let expected = "rows (rows.jsonl:1): 6 tokens, 4 trained\nab\n-- chosen by a margin of 1.5, 2 tokens:\n\

@@ -5,7 +5,7 @@ use serde_json::{Map, Value};
 use super::formats::{
     RowContent, Text, field_error, names, parse_messages, parse_sharegpt, sharegpt_role, suggest_form, text_value,
 };
-use super::preferences::{Judgement, dense_ranks};
+use super::preferences::{Judgement, Scores, dense_ranks};
 use super::{Message, Row};
 use crate::error::{Origin, Result, TrainError};
 
@@ -25,7 +25,7 @@ pub(super) fn parse_preference(
     let (prompt, completions, judgement) = if has("chosen") && has("rejected") {
         let sides = ["chosen", "rejected"].map(|name| turn_value(&fields[name], name, origin));
         let [chosen, rejected] = sides;
-        let scores = number(fields, "margin", origin)?.map(|margin| vec![margin, 0.0]);
+        let scores = number(fields, "margin", origin)?.map(Scores::of_margin);
         (shared_prompt(fields, origin)?, vec![chosen?, rejected?], Judgement::Ranks { ranks: vec![0, 1], scores })
     } else if has("completions") && (has("ranks") || has("scores")) {
         let completions = completion_list(&fields["completions"], origin)?;
@@ -34,6 +34,7 @@ pub(super) fn parse_preference(
             Some(ranks) => dense_ranks(&ranks),
             None => dense_ranks(&scores.iter().flatten().map(|score| -score).collect::<Vec<_>>()),
         };
+        let scores = scores.map(|scores| scores.into_iter().collect());
         (shared_prompt(fields, origin)?, completions, Judgement::Ranks { ranks, scores })
     } else if is_wanted && has("label") && (has("completion") || has("messages") || has("conversations")) {
         let (prompt, completion) = labelled_turn(fields, origin)?;
@@ -209,7 +210,7 @@ mod tests {
     }
 
     fn ranks(ranks: &[u32], scores: Option<&[f64]>) -> Judgement {
-        Judgement::Ranks { ranks: ranks.into(), scores: scores.map(<[f64]>::to_vec) }
+        Judgement::Ranks { ranks: ranks.into(), scores: scores.map(Scores::from) }
     }
 
     /// The message after the row's place, and the hint.
@@ -225,7 +226,8 @@ mod tests {
         let pair = json!({"prompt": "p", "chosen": "a", "rejected": "b"});
         assert_eq!(judged(&pair), (ranks(&[0, 1], None), 1.0));
         let pair = json!({"chosen": "pa", "rejected": "pb", "margin": -0.5, "weight": 2, "prompt": null});
-        assert_eq!(judged(&pair), (ranks(&[0, 1], Some(&[-0.5, 0.0])), 2.0));
+        let margin = Judgement::Ranks { ranks: vec![0, 1], scores: Some(Scores::of_margin(-0.5)) };
+        assert_eq!(judged(&pair), (margin, 2.0));
         let list = json!({"prompt": "p", "completions": ["a", "b", "c"], "ranks": [3, 1.5, 1.5]});
         assert_eq!(judged(&list), (ranks(&[1, 0, 0], None), 1.0));
         let list = json!({"prompt": "p", "completions": ["a", "b", "c"], "scores": [0.5, 0.9, 0.5]});

@@ -21,11 +21,45 @@ pub enum Judgement {
     Ranks {
         /// Rank of each completion, 0 the best, without gaps; equal ranks are ties. A pair is `[0, 1]`.
         ranks: Vec<u32>,
-        /// What each is worth, higher better, where that is known. A row's `margin` is `[margin, 0]`.
-        scores: Option<Vec<f64>>,
+        /// What each is worth, higher better, where that is known.
+        scores: Option<Scores>,
     },
     /// Whether each is desirable, as KTO takes it.
     Labels(Vec<bool>),
+}
+
+/// What completions are worth: a number each, higher better.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Scores {
+    values: Vec<f64>,
+    is_margin: bool,
+}
+
+impl Scores {
+    /// Of a pair whose row says by how much the chosen side is to lead: `[margin, 0]`.
+    pub fn of_margin(margin: f64) -> Self {
+        Self { values: vec![margin, 0.0], is_margin: true }
+    }
+}
+
+impl From<&[f64]> for Scores {
+    fn from(values: &[f64]) -> Self {
+        Self { values: values.into(), is_margin: false }
+    }
+}
+
+impl FromIterator<f64> for Scores {
+    fn from_iter<I: IntoIterator<Item = f64>>(values: I) -> Self {
+        Self { values: values.into_iter().collect(), is_margin: false }
+    }
+}
+
+impl std::ops::Deref for Scores {
+    type Target = [f64];
+
+    fn deref(&self) -> &[f64] {
+        &self.values
+    }
 }
 
 /// One completion that was preferred to another of the same prompt.
@@ -35,11 +69,18 @@ pub struct Pair {
     pub chosen: usize,
     /// Index of the worse one.
     pub rejected: usize,
-    /// By how much, in the unit of the rows' `margin` or `scores`; 0 where they say nothing.
+    /// By how much, in the unit of the rows' `margin` or `scores`; 0 where they say nothing. Which of the two it is
+    /// [`Judgement::states_margin`] tells.
     pub margin: f64,
 }
 
 impl Judgement {
+    /// Whether the row itself names the margin of its pair (a field `margin`): it is meant for the loss as it stands,
+    /// while a difference of `scores` is in whatever unit the judge had.
+    pub fn states_margin(&self) -> bool {
+        matches!(self, Self::Ranks { scores: Some(Scores { is_margin: true, .. }), .. })
+    }
+
     /// Every pair of completions of different ranks, in the order of their indices; none for labels.
     ///
     /// # Example
@@ -111,7 +152,7 @@ impl Example for PreferenceGroup {
         match &self.judgement {
             Judgement::Ranks { ranks, scores } => {
                 ranks.iter().for_each(|rank| sink(&rank.to_le_bytes()));
-                scores.iter().flatten().for_each(|score| sink(&score.to_le_bytes()));
+                scores.iter().flat_map(|scores| scores.iter()).for_each(|score| sink(&score.to_le_bytes()));
             }
             Judgement::Labels(labels) => labels.iter().for_each(|&label| sink(&[u8::from(label)])),
         }
@@ -171,6 +212,19 @@ pub fn row_to_preference(row: &Row, encoder: &dyn Encode) -> Result<PreferenceGr
     let completions = sequences.into_iter().zip(is_scored).map(completion).collect();
     let group = PromptGroup { prompt, completions };
     Ok(PreferenceGroup { group, judgement: judgement.clone(), weight: *weight })
+}
+
+impl Row {
+    /// The same row; the prompt that its completions share stands by itself, where it judges completions.
+    #[must_use]
+    pub fn with_explicit_prompt(&self) -> Self {
+        let mut row = self.clone();
+        if let RowContent::Preference { prompt, completions, .. } = &mut row.content {
+            let (shared, rest) = explicit(prompt.as_ref(), completions);
+            (*prompt, *completions) = (Some(shared), rest);
+        }
+        row
+    }
 }
 
 /// The prompt of completions that hold it each, and what is left of them.
@@ -252,13 +306,15 @@ pub fn split_by_prompt(rows: Vec<Row>, held_out: HeldOut, seed: u64) -> Result<(
 
 /// Unpaired rows with one prompt as one group, so that their prompt is computed once; the others stay as they are.
 ///
-/// Rows of different weights are not joined. A group takes the place of its first row.
-pub fn join_labels(groups: Vec<PreferenceGroup>) -> Vec<PreferenceGroup> {
-    let mut joined: Vec<PreferenceGroup> = Vec::new();
+/// Rows of different weights are not joined. A group takes the place of its first row, whose index among `groups` stands
+/// in the second list.
+pub fn join_labels(groups: Vec<PreferenceGroup>) -> (Vec<PreferenceGroup>, Vec<usize>) {
+    let (mut joined, mut first_rows): (Vec<PreferenceGroup>, Vec<usize>) = (Vec::new(), Vec::new());
     let mut place: HashMap<(Vec<i64>, u64), usize> = HashMap::new();
-    for group in groups {
+    for (row, group) in groups.into_iter().enumerate() {
         let Judgement::Labels(labels) = &group.judgement else {
             joined.push(group);
+            first_rows.push(row);
             continue;
         };
         let at = *place.entry((group.group.prompt.clone(), group.weight.to_bits())).or_insert(joined.len());
@@ -267,10 +323,13 @@ pub fn join_labels(groups: Vec<PreferenceGroup>) -> Vec<PreferenceGroup> {
                 all.extend(labels);
                 first.completions.extend(group.group.completions);
             }
-            _ => joined.push(group),
+            _ => {
+                joined.push(group);
+                first_rows.push(row);
+            }
         }
     }
-    joined
+    (joined, first_rows)
 }
 
 #[cfg(test)]
@@ -306,9 +365,12 @@ mod tests {
 
     #[test]
     fn ranks_give_every_untied_pair_and_margins_come_from_scores() {
-        let judgement = Judgement::Ranks { ranks: vec![2, 0, 1, 1], scores: Some(vec![0.0, 9.0, 4.0, 5.0]) };
+        let judgement =
+            Judgement::Ranks { ranks: vec![2, 0, 1, 1], scores: Some([0.0, 9.0, 4.0, 5.0].into_iter().collect()) };
         let pairs: Vec<_> = judgement.pairs().iter().map(|pair| (pair.chosen, pair.rejected, pair.margin)).collect();
         assert_eq!(pairs, [(1, 0, 9.0), (2, 0, 4.0), (3, 0, 5.0), (1, 2, 5.0), (1, 3, 4.0)]);
+        let margin = Judgement::Ranks { ranks: vec![0, 1], scores: Some(Scores::of_margin(2.5)) };
+        assert!(margin.states_margin() && !judgement.states_margin() && margin.pairs()[0].margin == 2.5);
         assert_eq!(Judgement::Labels(vec![true, false]).pairs(), []);
         assert_eq!(dense_ranks(&[2.0, -0.0, 0.0, 7.5]), [1, 0, 0, 2]);
     }
@@ -383,7 +445,8 @@ mod tests {
             row_to_preference(&row(content, 1), &CHARACTERS).expect("good")
         };
         let groups = vec![unpaired("a", "x", true, 1.0), unpaired("b", "y", true, 1.0), unpaired("a", "z", false, 1.0)];
-        let joined = join_labels([groups, vec![unpaired("a", "w", true, 2.0)]].concat());
+        let (joined, first_rows) = join_labels([groups, vec![unpaired("a", "w", true, 2.0)]].concat());
+        assert_eq!(first_rows, [0, 1, 3]);
         let labels: Vec<_> = joined.iter().map(|group| group.judgement.clone()).collect();
         let expected = [vec![true, false], vec![true], vec![true]].map(Judgement::Labels);
         assert_eq!(labels, expected);

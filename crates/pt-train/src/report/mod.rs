@@ -12,7 +12,7 @@ use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::path::Path;
 
-use plot::{Curve, Plot, significant};
+use plot::{Curve, Plot, STEP, significant};
 
 use crate::error::Result;
 use crate::metrics::{Series, names};
@@ -56,6 +56,19 @@ pub struct Sample {
     pub after: String,
 }
 
+/// A plot beside those of the metrics: curves over another quantity than steps.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Figure {
+    /// Heading.
+    pub title: String,
+    /// Unit of the values; may be empty.
+    pub unit: String,
+    /// What the x axis is.
+    pub x: String,
+    /// Curves by name, each of points `(x, value)`.
+    pub curves: Vec<(String, Vec<(f64, f64)>)>,
+}
+
 /// Everything on the page. Parts that are empty are left out.
 #[derive(Clone, Debug, Default)]
 pub struct Report {
@@ -67,6 +80,10 @@ pub struct Report {
     pub headlines: Vec<Headline>,
     /// Metrics by name, as [`crate::metrics::MetricsWriter::series`] has them; names not known get a plot of their own.
     pub series: BTreeMap<String, Series>,
+    /// What was found on held-out rows, plotted.
+    pub figures: Vec<Figure>,
+    /// The same in tables.
+    pub findings: Vec<DataTable>,
     /// Pre-flight of each data set, under its name.
     pub data: Vec<DataTable>,
     /// Answers before and after.
@@ -95,6 +112,7 @@ impl Report {
             let _ = writeln!(page, "<div class=\"tiles\">{tiles}</div>");
         }
         section(&mut page, "Training", &self.plots());
+        section(&mut page, "Held-out rows", &self.findings_html());
         section(&mut page, "Before and after", &self.samples_html());
         section(&mut page, "Data", &self.data.iter().map(data_table).collect::<String>());
         if !self.commands.is_empty() {
@@ -119,7 +137,10 @@ impl Report {
         let points = |name: &str| self.series.get(name).map(Vec::as_slice).unwrap_or_default();
         let mebi: Series =
             points(names::MEMORY).iter().map(|&(step, bytes)| (step, bytes / f64::from(1 << 30))).collect();
-        let curve = |name, points, smooth, dots| Curve { name, points, smooth, dots };
+        let curve = |name, points: &[(u64, f64)], smooth, dots| {
+            let points = points.iter().map(|&(step, value)| (step as f64, value)).collect();
+            Curve { name, points, smooth, dots }
+        };
         let mut losses = vec![curve("training", points(names::LOSS), true, false)];
         if !points(names::EVAL_LOSS).is_empty() {
             losses.push(curve("held out", points(names::EVAL_LOSS), false, true));
@@ -127,12 +148,13 @@ impl Report {
         let single = |title, unit, points, smooth, from_zero| Plot {
             title,
             unit,
+            x: STEP,
             curves: vec![curve(title, points, smooth, false)],
             from_zero,
             wide: false,
         };
         let mut plots = vec![
-            Plot { title: "Loss", unit: "nats a trained token", curves: losses, from_zero: false, wide: true },
+            Plot { title: "Loss", unit: "nats a trained token", x: STEP, curves: losses, from_zero: false, wide: true },
             single("Learning rate", "", points(names::LEARNING_RATE), false, true),
             single("Gradient norm", "before clipping", points(names::GRAD_NORM), true, true),
             single("Speed", "tokens a second", points(names::TOKENS_PER_SECOND), true, true),
@@ -152,6 +174,18 @@ impl Report {
         }
         let cards: String = plots.iter().map(Plot::to_html).collect();
         if cards.is_empty() { cards } else { format!("<div class=\"charts\">\n{cards}</div>") }
+    }
+
+    fn findings_html(&self) -> String {
+        let plot = |figure: &Figure| {
+            let curves = figure.curves.iter();
+            let curves = curves.map(|(name, points)| Curve { name, points: points.clone(), smooth: false, dots: true });
+            let (title, unit, x) = (figure.title.as_str(), figure.unit.as_str(), figure.x.as_str());
+            Plot { title, unit, x, curves: curves.collect(), from_zero: false, wide: false }.to_html()
+        };
+        let plots: String = self.figures.iter().map(plot).collect();
+        let tables: String = self.findings.iter().map(data_table).collect();
+        if plots.is_empty() { tables } else { format!("<div class=\"charts\">\n{plots}</div>{tables}") }
     }
 
     fn samples_html(&self) -> String {
@@ -333,6 +367,18 @@ mod tests {
                 headline("Time", None, 7.4, "min", Better::Neither),
             ],
             series: all,
+            figures: vec![Figure {
+                title: "Reliability".into(),
+                unit: "share".into(),
+                x: "predicted".into(),
+                curves: vec![("observed".into(), vec![(0.55, 0.6), (0.75, 0.7), (0.95, 0.9)])],
+            }],
+            findings: vec![DataTable {
+                name: "Accuracy by source".into(),
+                head: vec!["pairs"],
+                sources: vec![("gpt4".into(), vec!["120".into()])],
+                ..DataTable::default()
+            }],
             data: vec![DataTable::of_rows("Training", &PreflightSummary { max_length: 512, sources: vec![source], warnings: vec!["boolq: 19 rows (0.8 %) are longer than 512 tokens and left out".into()] })],
             samples: vec![Sample {
                 prompt: "Persian language -- Persian is <one> of the Western Iranian languages…\n\nQuestion: do iran and afghanistan speak the same language?".into(),
@@ -357,6 +403,9 @@ mod tests {
             "2\u{202f}381",
             "Before",
             "section.field_3",
+            "Held-out rows",
+            "observed at predicted 0.75: 0.7 share",
+            "Accuracy by source",
             "pt chat",
             "prefers-color-scheme",
         ] {

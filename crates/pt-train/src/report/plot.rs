@@ -8,8 +8,8 @@ use super::escape;
 pub(super) struct Curve<'a> {
     /// Name in legend and tooltips.
     pub(super) name: &'a str,
-    /// `(step, value)`; values that are not finite leave a gap.
-    pub(super) points: &'a [(u64, f64)],
+    /// `(x, value)`; values that are not finite leave a gap.
+    pub(super) points: Vec<(f64, f64)>,
     /// Draw a running mean over a faint raw line.
     pub(super) smooth: bool,
     /// Mark each point.
@@ -20,6 +20,8 @@ pub(super) struct Curve<'a> {
 pub(super) struct Plot<'a> {
     pub(super) title: &'a str,
     pub(super) unit: &'a str,
+    /// What the x axis counts; [`STEP`]s are whole numbers.
+    pub(super) x: &'a str,
     pub(super) curves: Vec<Curve<'a>>,
     /// The y axis begins at 0.
     pub(super) from_zero: bool,
@@ -27,6 +29,8 @@ pub(super) struct Plot<'a> {
     pub(super) wide: bool,
 }
 
+/// The x axis of a metric.
+pub(super) const STEP: &str = "step";
 /// A curve keeps at most this many points; more could not be told apart on a screen.
 const MOST_POINTS: usize = 400;
 const LEFT: f64 = 58.0;
@@ -37,11 +41,12 @@ const BOTTOM: f64 = 34.0;
 impl Plot<'_> {
     /// The plot as a card, empty when no curve has a finite point.
     pub(super) fn to_html(&self) -> String {
+        let is_whole = self.x == STEP;
         let (width, height) = if self.wide { (1060.0, 320.0) } else { (520.0, 230.0) };
-        let curves: Vec<Vec<(f64, f64)>> = self.curves.iter().map(|curve| thin(curve.points)).collect();
+        let curves: Vec<Vec<(f64, f64)>> = self.curves.iter().map(|curve| thin(&curve.points)).collect();
         let finite = || curves.iter().flatten().filter(|(_, value)| value.is_finite());
         let Some((x_range, y_range)) = ranges(finite(), self.from_zero) else { return String::new() };
-        let (x_ticks, y_ticks) = (ticks(x_range, if self.wide { 10 } else { 5 }, true), ticks(y_range, 5, false));
+        let (x_ticks, y_ticks) = (ticks(x_range, if self.wide { 10 } else { 5 }, is_whole), ticks(y_range, 5, false));
         // The y axis ends at ticks, the x axis where the data ends.
         let y_range = (y_ticks.low.min(y_range.0), y_ticks.high.max(y_range.1));
         let x_of = |x: f64| LEFT + (x - x_range.0) / (x_range.1 - x_range.0) * (width - LEFT - RIGHT);
@@ -68,7 +73,8 @@ impl Plot<'_> {
             let _ = write!(svg, "<text x=\"{x:.1}\" y=\"{}\" text-anchor=\"middle\">{label}</text>", floor + 17.0);
         }
         let middle = (LEFT + width - RIGHT) / 2.0;
-        let _ = write!(svg, "<text x=\"{middle}\" y=\"{}\" text-anchor=\"middle\">step</text>", height - 3.0);
+        let (below, label) = (height - 3.0, escape(self.x));
+        let _ = write!(svg, "<text x=\"{middle}\" y=\"{below}\" text-anchor=\"middle\">{label}</text>");
         for (index, (curve, points)) in self.curves.iter().zip(&curves).enumerate() {
             let colour = colour(index);
             let place = |points: &[(f64, f64)]| path(points.iter().map(|&(x, y)| (x_of(x), y_of(y))));
@@ -80,7 +86,8 @@ impl Plot<'_> {
             }
             for &(x, y) in points.iter().filter(|(_, y)| y.is_finite()) {
                 let (class, radius) = if curve.dots { ("dot", 3.5) } else { ("hit", 5.0) };
-                let tip = format!("{} at step {}: {} {}", curve.name, x.round(), significant(y), self.unit);
+                let at = if is_whole { x.round().to_string() } else { significant(x) };
+                let tip = format!("{} at {} {at}: {} {}", curve.name, self.x, significant(y), self.unit);
                 let _ = write!(
                     svg,
                     "<circle class=\"{class} {colour}\" cx=\"{:.1}\" cy=\"{:.1}\" r=\"{radius}\"><title>{}</title></circle>",
@@ -194,11 +201,11 @@ fn ticks((low, high): Range, wanted: usize, whole: bool) -> Ticks {
 }
 
 /// Means over runs of points, so that at most [`MOST_POINTS`] stay.
-fn thin(points: &[(u64, f64)]) -> Vec<(f64, f64)> {
+fn thin(points: &[(f64, f64)]) -> Vec<(f64, f64)> {
     let run = points.len().div_ceil(MOST_POINTS).max(1);
-    let mean = |run: &[(u64, f64)]| {
+    let mean = |run: &[(f64, f64)]| {
         let count = run.len() as f64;
-        (run.iter().map(|(x, _)| *x as f64).sum::<f64>() / count, run.iter().map(|(_, y)| y).sum::<f64>() / count)
+        (run.iter().map(|(x, _)| x).sum::<f64>() / count, run.iter().map(|(_, y)| y).sum::<f64>() / count)
     };
     points.chunks(run).map(mean).collect()
 }
@@ -263,9 +270,10 @@ mod tests {
     proptest! {
         #[test]
         fn any_points_make_a_plot_without_bad_numbers(values in prop::collection::vec(prop::num::f64::ANY, 0..30), start: u32) {
-            let points: Vec<(u64, f64)> = values.iter().map(|value| value.clamp(-1e30, 1e30)).enumerate().map(|(i, v)| (u64::from(start) + i as u64, v)).collect();
-            let curves = vec![Curve { name: "a", points: &points, smooth: true, dots: false }];
-            let html = Plot { title: "t", unit: "", curves, from_zero: false, wide: false }.to_html();
+            let points = values.iter().map(|value| value.clamp(-1e30, 1e30)).enumerate();
+            let points = points.map(|(i, v)| (f64::from(start) + i as f64, v)).collect();
+            let curves = vec![Curve { name: "a", points, smooth: true, dots: false }];
+            let html = Plot { title: "t", unit: "", x: STEP, curves, from_zero: false, wide: false }.to_html();
             prop_assert_eq!(html.is_empty(), !values.iter().any(|value| !value.is_nan()));
             let svg = html.split("<title>").map(|part| part.rsplit("</title>").next().unwrap_or("")).collect::<String>();
             prop_assert!(!svg.contains("NaN") && !svg.contains("\"inf"), "{}", html);

@@ -102,7 +102,7 @@ fn an_adapter_over_the_student_s_own_base_can_teach() {
     assert!(after < 0.95 * before, "{before} to {after}");
     // Nothing but the scales has moved, and a stop is heeded.
     let loaded = StoredDelta::load(&folder.path().join("delta")).unwrap();
-    let trained = adapter.to_stored();
+    let trained = adapter.to_stored().unwrap();
     for (path, signs) in loaded.signs() {
         let (_, now) = trained.signs().find(|(other, _)| *other == path).unwrap();
         assert!(now.signs().unwrap().equal(&signs.signs().unwrap()), "{path}");

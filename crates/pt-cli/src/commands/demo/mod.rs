@@ -104,7 +104,6 @@ struct Plan<T> {
 /// A demo that ran to its end.
 struct Done<T: Task> {
     job: Job<T>,
-    pretrained: Pretrained,
     model: CausalLm,
     finished: Finished,
     exact: (f64, f64),
@@ -121,8 +120,13 @@ impl RunArgs {
         Ok(())
     }
 
-    /// Answers, trains, answers again, and writes the report; `None` after an interrupt.
-    fn carry_out<T: Task>(&self, plan: Plan<T>) -> Result<Option<Done<T>>> {
+    /// Answers, trains, answers again, and writes the report; `None` after an interrupt. `first` looks at the model before
+    /// it is trained.
+    fn carry_out<T: Task, F>(
+        &self,
+        plan: Plan<T>,
+        first: impl FnOnce(&Job<T>, &Pretrained, &CausalLm) -> Result<F>,
+    ) -> Result<Option<(Done<T>, F)>> {
         // A resumed run goes on with its own configuration.
         let saved = Some(self.output.join("config.yaml")).filter(|path| self.resume && path.exists());
         let mut sets: Vec<(String, String)> = Vec::new();
@@ -130,7 +134,8 @@ impl RunArgs {
             sets.extend(plan.settings.iter().map(|(key, value)| ((*key).to_string(), (*value).to_string())));
         }
         sets.extend(self.set.iter().map(|text| pt_train::config::parse_set(text)).collect::<Result<Vec<_>, _>>()?);
-        let config: TrainConfig<T::Settings> = pt_train::config::load_config(saved.as_deref(), &sets)?;
+        let mut config: TrainConfig<T::Settings> = pt_train::config::load_config(saved.as_deref(), &sets)?;
+        T::settle(&mut config);
         config.validate()?;
         let device = parse_device(&self.device)?;
         // All weights are trained in the number format of their masters.
@@ -170,6 +175,7 @@ impl RunArgs {
         let encoder = ModelEncoder::new(&pretrained).context("the model carries no tokenizer")?;
         let checked = job.check(&pretrained)?;
         let mut model = CausalLm::load(&pretrained, job.device, job.kind)?;
+        let first = first(&job, &pretrained, &model)?;
         let bare: Rc<dyn Sites> = Rc::new(Bare);
         let before = answer(&model, &bare, &encoder, &plan.questions, "before training")?;
         let finished = job.train(&pretrained, &mut model, checked)?;
@@ -194,7 +200,7 @@ impl RunArgs {
         tell(&samples);
         let (exact, f1) = ((before.exact, after.exact), (before.f1, after.f1));
         finished.report(&job, vec![headline("exact answers", exact), headline("answer F1", f1)], samples)?;
-        Ok(Some(Done { job, pretrained, model, finished, exact, f1 }))
+        Ok(Some((Done { job, model, finished, exact, f1 }, first)))
     }
 }
 
@@ -300,7 +306,7 @@ fn answer(
         .collect::<Result<_>>()?;
     let answers = answers(model, sites, encoder, &prompts, 32, what)?;
     let accepted = |q: &Question| q.answers.iter().map(|a| normalise(a)).collect::<HashSet<_>>();
-    let count = questions.len() as f64;
+    let count = questions.len().max(1) as f64;
     let exact =
         questions.iter().zip(&answers).filter(|(q, a)| accepted(q).contains(&normalise(a))).count() as f64 / count;
     let mean_f1 = questions.iter().zip(&answers).map(|(q, a)| f1(a, &q.answers)).sum::<f64>() / count;

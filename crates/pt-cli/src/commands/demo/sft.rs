@@ -109,8 +109,8 @@ pub(super) fn run(args: Args) -> Result<ExitCode> {
             .map(|q| Question { prompt: q.prompt.clone(), answers: q.answers.clone() })
             .collect(),
     };
-    match args.run.carry_out(plan)? {
-        Some(done) => done.say(&[])?,
+    match args.run.carry_out(plan, |_, _, _| Ok(()))? {
+        Some((done, ())) => done.say(&[])?,
         None => return Ok(ExitCode::from(130)),
     }
     Ok(ExitCode::SUCCESS)

@@ -1,0 +1,17 @@
+//! `pt grpo`
+
+use crate::{rl, training};
+use anyhow::Result;
+use pt_rlhf::GrpoConfig;
+use std::process::ExitCode;
+
+#[derive(clap::Args)]
+#[command(after_long_help = training::help_on::<GrpoConfig>(rl::ROWS))]
+pub(crate) struct Args {
+    #[command(flatten)]
+    training: training::TrainArgs,
+}
+
+pub(crate) fn run(args: Args) -> Result<ExitCode> {
+    rl::run::<GrpoConfig>(args.training)
+}
