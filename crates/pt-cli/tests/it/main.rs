@@ -12,4 +12,5 @@ mod interop;
 mod interruptions;
 mod quantize;
 mod reward;
+mod rl;
 mod runs;
