@@ -5,7 +5,7 @@ use crate::job::Job;
 use crate::open::{ModelArgs, no_tokenizer};
 use crate::run_command::{absolute, dtype_name};
 use crate::talk::{self, Refused};
-use crate::task::{Checked, CheckedRows, Policy, Task};
+use crate::task::{Checked, CheckedRows, CheckedSet, PROMPT_IS_KNOWN, Policy, Task};
 use anyhow::{Context, Result};
 use pt_dpo::{
     Dpo, DpoConfig, DpoExample, Loss, LossConfig, PolicyCopy, Reference, load_reference, precompute, save_reference,
@@ -74,18 +74,9 @@ impl Task for DpoTask {
         }
         settings.adapter.as_deref().map_or(Ok(()), |folder| adapter_folder(folder).map(drop))?;
         let loss = &config.objective.loss;
-        let (train, table) = checked("training", rows, encoder, &config.data, loss, true)?;
-        let mut tables = vec![table];
-        let mut eval = CheckedRows { examples: vec![], row_of_example: vec![] };
-        if !eval_rows.is_empty() {
-            let (checked, table) = checked("held out", eval_rows, encoder, &config.data, loss, false)?;
-            let shared = prompt_overlap(&train.examples, &checked.examples);
-            if shared > 0 {
-                eprintln!("warning: {shared} held-out rows have a prompt that stands in the training data too");
-            }
-            (eval, tables) = (checked, [tables, vec![table]].concat());
-        }
-        Ok(Checked { train, eval, tables })
+        let train = checked("training", rows, encoder, &config.data, loss, true)?;
+        let held_out = |rows: &[Row]| checked("held out", rows, encoder, &config.data, loss, false);
+        Checked::of_sets(train, eval_rows, held_out, prompt_overlap, PROMPT_IS_KNOWN)
     }
 
     fn settle(config: &mut TrainConfig<DpoConfig>) {
@@ -184,7 +175,7 @@ fn checked(
     data: &DataConfig,
     loss: &LossConfig,
     is_shown: bool,
-) -> Result<(CheckedRows<DpoExample>, DataTable)> {
+) -> Result<CheckedSet<DpoExample>> {
     let preflight = preference_preflight(rows, encoder, data)?;
     if is_shown {
         eprintln!("{}", preflight.summary.to_text());

@@ -2,7 +2,7 @@
 
 use crate::job::Job;
 use crate::talk::{self, Refused};
-use crate::task::{Checked, CheckedRows, Findings, MAX_SHARD_BYTES, Policy, Task};
+use crate::task::{Checked, CheckedRows, CheckedSet, Findings, MAX_SHARD_BYTES, PROMPT_IS_KNOWN, Policy, Task};
 use anyhow::Result;
 use pt_model::{CausalLm, Pretrained};
 use pt_peft::{Adapter, load_adapter};
@@ -56,18 +56,9 @@ impl Task for RewardTask {
         config.peft.map_or(Ok(()), check_method)?;
         // A head of another width or of more labels is told before a run stands.
         RewardModel::of_pretrained(pretrained, pt_tensor::Device::Cpu)?;
-        let (train, table) = checked("training", rows, encoder, &config.data, Some(&config.objective))?;
-        let mut tables = vec![table];
-        let mut eval = CheckedRows { examples: vec![], row_of_example: vec![] };
-        if !eval_rows.is_empty() {
-            let (checked, table) = checked("held out", eval_rows, encoder, &config.data, None)?;
-            let shared = prompt_overlap(&train.examples, &checked.examples);
-            if shared > 0 {
-                eprintln!("warning: {shared} held-out rows have a prompt that stands in the training data too");
-            }
-            (eval, tables) = (checked, [tables, vec![table]].concat());
-        }
-        Ok(Checked { train, eval, tables })
+        let train = checked("training", rows, encoder, &config.data, Some(&config.objective))?;
+        let held_out = |rows: &[Row]| checked("held out", rows, encoder, &config.data, None);
+        Checked::of_sets(train, eval_rows, held_out, prompt_overlap, PROMPT_IS_KNOWN)
     }
 
     fn objective(
@@ -165,7 +156,7 @@ fn checked(
     encoder: &ModelEncoder<'_>,
     data: &DataConfig,
     training: Option<&RewardConfig>,
-) -> Result<(CheckedRows<PreferenceGroup>, DataTable)> {
+) -> Result<CheckedSet<PreferenceGroup>> {
     let mut preflight = preference_preflight(rows, encoder, data)?;
     let labelled = |group: &PreferenceGroup| matches!(group.judgement, Judgement::Labels(_));
     if let Some(group) = preflight.groups.iter().position(labelled) {

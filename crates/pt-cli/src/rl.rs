@@ -4,13 +4,14 @@ use crate::checkpoints::adapter_folder;
 use crate::interrupts;
 use crate::memory::Memory;
 use crate::open::no_tokenizer;
+use crate::run_command::absolute;
 use crate::talk::{self, Misused};
 use crate::task::MAX_SHARD_BYTES;
 use crate::training::{Prepared, TrainArgs, prepare};
 use anyhow::Result;
 use pt_model::{Bare, CausalLm, Pretrained, Sites};
 use pt_peft::{Adapter, load_adapter};
-use pt_rlhf::reward::{ModelReward, Reward, WeightedSum, build};
+use pt_rlhf::reward::{ModelReward, Reward, RewardSpec, WeightedSum, build};
 use pt_rlhf::{
     Algorithm, Critic, CriticKind, EVAL_SCORES, Finding, GrpoConfig, IterationRecord, ModelScorer, Phase, PpoConfig,
     Prompt, Reference, RewardModel, RlObserver, RlOutcome, RlRun, Roles, SCORES, SampleRecord, ScalarHead,
@@ -36,16 +37,35 @@ pub(crate) trait RlTask: Algorithm {
     const COMMAND: &'static str;
     /// Title of the report.
     const TITLE: &'static str;
+
+    /// Paths that the settings name, made absolute so that a run can be resumed from another folder.
+    fn paths(&mut self) -> Vec<&mut PathBuf>;
+}
+
+/// Paths of reward models.
+fn model_paths(rewards: &mut [RewardSpec]) -> impl Iterator<Item = &mut PathBuf> {
+    rewards.iter_mut().filter_map(|spec| match spec {
+        RewardSpec::Model(model) => Some(&mut model.path),
+        _ => None,
+    })
 }
 
 impl RlTask for PpoConfig {
     const COMMAND: &'static str = "ppo";
     const TITLE: &'static str = "Proximal policy optimization";
+
+    fn paths(&mut self) -> Vec<&mut PathBuf> {
+        model_paths(&mut self.rewards).chain(&mut self.critic.path).collect()
+    }
 }
 
 impl RlTask for GrpoConfig {
     const COMMAND: &'static str = "grpo";
     const TITLE: &'static str = "Group-relative policy optimization";
+
+    fn paths(&mut self) -> Vec<&mut PathBuf> {
+        model_paths(&mut self.rewards).collect()
+    }
 }
 
 /// The forms of the rows, for `--help`.
@@ -58,7 +78,10 @@ const SAMPLES: &str = "samples.jsonl";
 const SHOWN: usize = 8;
 
 pub(crate) fn run<A: RlTask>(args: TrainArgs) -> Result<ExitCode> {
-    let Some(prepared) = prepare::<A>(&args, A::COMMAND)? else { return Ok(ExitCode::SUCCESS) };
+    let Some(mut prepared) = prepare::<A>(&args, A::COMMAND)? else { return Ok(ExitCode::SUCCESS) };
+    for path in prepared.config.objective.paths() {
+        *path = absolute(&path.to_string_lossy()).into();
+    }
     let algorithm = &prepared.config.objective;
     if algorithm.rewards().is_empty() {
         return Err(Misused {

@@ -129,6 +129,36 @@ pub(crate) struct Checked<E> {
     pub(crate) tables: Vec<DataTable>,
 }
 
+/// One set of rows that passed the pre-flight, and what was found in it.
+pub(crate) type CheckedSet<E> = (CheckedRows<E>, DataTable);
+
+impl<E> Checked<E> {
+    /// Training rows and, where there are any, held-out ones; `shared` counts those of them that are `known` to training.
+    pub(crate) fn of_sets(
+        (train, table): CheckedSet<E>,
+        eval_rows: &[Row],
+        held_out: impl FnOnce(&[Row]) -> Result<CheckedSet<E>>,
+        shared: impl FnOnce(&[E], &[E]) -> usize,
+        known: &str,
+    ) -> Result<Self> {
+        let mut checked =
+            Self { train, eval: CheckedRows { examples: vec![], row_of_example: vec![] }, tables: vec![table] };
+        if !eval_rows.is_empty() {
+            let (eval, table) = held_out(eval_rows)?;
+            let count = shared(&checked.train.examples, &eval.examples);
+            if count > 0 {
+                eprintln!("warning: {count} held-out rows {known} in the training data too");
+            }
+            checked.eval = eval;
+            checked.tables.push(table);
+        }
+        Ok(checked)
+    }
+}
+
+/// What is said of held-out rows whose prompt is trained on.
+pub(crate) const PROMPT_IS_KNOWN: &str = "have a prompt that stands";
+
 /// Supervised fine-tuning.
 pub(crate) struct SftTask;
 
@@ -148,24 +178,17 @@ impl Task for SftTask {
         encoder: &ModelEncoder<'_>,
         config: &SftConfig,
     ) -> Result<Checked<PromptGroup>> {
+        let set = |name: &str, Preflight { groups, row_of_group, summary }: Preflight| {
+            let rows = CheckedRows { examples: groups, row_of_example: row_of_group };
+            (rows, DataTable::of_rows(name, &summary))
+        };
         let train = preflight(rows, encoder, &config.data)?;
         eprintln!("{}", train.summary.to_text());
         for example in train.examples(rows, encoder, talk::is_terminal()) {
             eprintln!("{example}\n");
         }
-        let mut tables = vec![DataTable::of_rows("training", &train.summary)];
-        let mut eval = CheckedRows { examples: vec![], row_of_example: vec![] };
-        if !eval_rows.is_empty() {
-            let Preflight { groups, row_of_group, summary } = preflight(eval_rows, encoder, &config.data)?;
-            let shared = overlap(&train.groups, &groups);
-            if shared > 0 {
-                eprintln!("warning: {shared} held-out rows stand in the training data too");
-            }
-            tables.push(DataTable::of_rows("held out", &summary));
-            eval = CheckedRows { examples: groups, row_of_example: row_of_group };
-        }
-        let train = CheckedRows { examples: train.groups, row_of_example: train.row_of_group };
-        Ok(Checked { train, eval, tables })
+        let held_out = |rows: &[Row]| Ok(set("held out", preflight(rows, encoder, &config.data)?));
+        Checked::of_sets(set("training", train), eval_rows, held_out, overlap, "stand")
     }
 
     fn objective(

@@ -57,7 +57,8 @@ pub(crate) struct TrainArgs {
     /// The parameter-efficient method, by one of the names below, or `none` to train all weights; lora when not given.
     #[arg(long, value_name = "METHOD")]
     peft: Option<String>,
-    /// Held-out prompts that are answered before and after training, for the report; 4 when not given, 0 for none.
+    /// Held-out prompts that `pt sft` and `pt dpo` answer before and after training, for the report; 4 when not given, 0 for
+    /// none.
     #[arg(long)]
     samples: Option<usize>,
     /// Continue the run in --output from its last checkpoint; it remembers model, data and settings.

@@ -163,6 +163,15 @@ fn divergence(rollout: &Rollout, reference: Option<&[f32]>, estimator: KlEstimat
     }
 }
 
+/// The divergence of responses and of tokens, nats; nothing where there is no reference to diverge from.
+fn kl_metrics(has_reference: bool, kl: &[f32], of_response: &[f64]) -> Vec<(String, f64)> {
+    if !has_reference {
+        return vec![];
+    }
+    let per_token = of_response.iter().sum::<f64>() / kl.len().max(1) as f64;
+    vec![("objective/kl".into(), mean(of_response)), ("objective/kl_per_token".into(), per_token)]
+}
+
 /// The clipped loss, averaged, and the weight of each of its entries.
 fn clipped(
     batch: &PolicyBatch<'_>,
@@ -254,14 +263,13 @@ impl Algorithm for PpoConfig {
         let of_response = sums(&kl, &lengths);
         let per_sequence = mean(&of_response);
         state.kl.update(per_sequence, lengths.len());
-        let metrics = vec![
-            ("objective/kl".into(), per_sequence),
-            ("objective/kl_per_token".into(), of_response.iter().sum::<f64>() / kl.len().max(1) as f64),
+        let mut metrics = kl_metrics(evidence.reference.is_some(), &kl, &of_response);
+        metrics.extend([
             ("objective/kl_coef".into(), kl_coef),
             ("objective/non_score_reward".into(), -kl_coef * per_sequence),
             ("objective/rlhf_reward".into(), mean(&total)),
             ("val/explained_variance".into(), explained_variance(values, &estimate.returns)),
-        ];
+        ]);
         Ok(Targets { advantages, returns: estimate.returns, metrics })
     }
 
@@ -325,11 +333,7 @@ impl Algorithm for GrpoConfig {
         let is_flat = |range: std::ops::Range<usize>| rollout.scores[range.clone()].windows(2).all(|w| w[0] == w[1]);
         let num_flat = rollout.responses_of_group().into_iter().filter(|range| is_flat(range.clone())).count();
         let mut metrics = vec![("frac_reward_zero_std".to_string(), num_flat as f64 / sizes.len().max(1) as f64)];
-        if evidence.reference.is_some() {
-            metrics.push(("objective/kl".into(), mean(&of_response)));
-            let per_token = of_response.iter().sum::<f64>() / kl.len().max(1) as f64;
-            metrics.push(("objective/kl_per_token".into(), per_token));
-        }
+        metrics.extend(kl_metrics(evidence.reference.is_some(), &kl, &of_response));
         Ok(Targets { advantages: of_tokens.collect(), returns: vec![], metrics })
     }
 

@@ -42,7 +42,7 @@ fn settings(is_after_end: bool, max_tokens: Option<usize>) -> TrainConfig<PpoCon
         ..PpoConfig::default()
     };
     let mut config = TrainConfig { objective, learning_rate: 1e-3, max_grad_norm: None, ..TrainConfig::default() };
-    config.adamw = AdamWConfig { eps: 1e-4, weight_decay: 0.0, ..AdamWConfig::default() };
+    config.adamw = AdamWConfig { eps: 1e-3, weight_decay: 0.0, ..AdamWConfig::default() };
     config.batch.max_tokens = max_tokens;
     config
 }
@@ -175,8 +175,7 @@ fn play(case: &str, max_tokens: Option<usize>) {
     for (who, adapter) in [("actor", &actor), ("critic", &critic)] {
         for (name, leaf) in adapter.parameters() {
             let off = apart(&leaf, &golden.tensor(&format!("after.{who}.base_model.model.{name}")));
-            // Adam divides a gradient's rounding by its size, which is next to nothing in some entries.
-            assert!(off < 3e-5, "{who} {name}: {off:.1e}");
+            assert!(off < 1e-5, "{who} {name}: {off:.1e}");
         }
     }
     assert!(apart(head.weight(), &golden.tensor("after.head")) < 1e-5);

@@ -51,7 +51,7 @@ impl RolloutConfig {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum CriticKind {
-    /// An adapter of its own over the frozen base, with a value head.
+    /// An adapter of its own over the frozen base, with a value head; where all weights are trained, a model of its own.
     #[default]
     Adapter,
     /// A value head on the actor's own hidden states: one pass serves both, and both losses train the actor's adapter.
@@ -178,6 +178,8 @@ fn faults_of(rewards: &[RewardSpec]) -> Vec<String> {
 impl ObjectiveConfig for PpoConfig {
     /// For adapters; all weights are trained with 3e-6 or less.
     const LEARNING_RATE: f64 = 1e-5;
+    /// An iteration takes as long as many steps of other training.
+    const SAVE_EVERY: u64 = 5;
 
     fn faults(&self) -> Vec<String> {
         let mut faults = self.rollout.faults();
@@ -283,6 +285,8 @@ impl Default for GrpoConfig {
 impl ObjectiveConfig for GrpoConfig {
     /// For adapters; all weights are trained with 1e-6.
     const LEARNING_RATE: f64 = 1e-5;
+    /// An iteration takes as long as many steps of other training.
+    const SAVE_EVERY: u64 = 5;
 
     fn faults(&self) -> Vec<String> {
         let mut faults = self.rollout.faults();

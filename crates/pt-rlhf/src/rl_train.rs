@@ -10,7 +10,7 @@ use crate::update::{Update, Updater};
 use crate::{Prompt, Result, RlhfError};
 use pt_model::{Completion, FinishReason, GenerateConfig, PromptGroup, Tokenizer, generate};
 use pt_tensor::io::{SafetensorsReader, save_safetensors};
-use pt_tensor::{Device, Tensor, peak_memory_bytes};
+use pt_tensor::{Device, Kind, Tensor, peak_memory_bytes};
 use pt_train::TrainError;
 use pt_train::data::{BatchConfig, Batches, Cursor};
 use pt_train::metrics::{MetricsWriter, names};
@@ -333,7 +333,7 @@ fn judged<A: Algorithm>(
     let (config, num_samples) = (run.config.objective.rollout(), run.config.objective.num_samples());
     let step = state.step + 1;
     let path = run.run.root().join(ROLLOUT);
-    let key = format!("{step} {} {}", state.data_fingerprint, digest(&run.roles.actor)?);
+    let key = format!("{step} {} {}", state.data_fingerprint, digest(&run.roles.actor));
     let reward_names: Vec<String> = run.reward.names().map(str::to_string).collect();
     let kept = Rollout::load(&path, &key, run.prompts, run.tokenizer, run.stop_ids, &reward_names)?;
     if let Some(kept) = kept.filter(|kept| kept.prompts == chosen) {
@@ -459,17 +459,19 @@ fn correlation(one: &[f64], other: &[f64]) -> Option<f64> {
     (spread > 0.0).then(|| sum(&|a, b| a * b) / spread)
 }
 
-/// SHA-256 over the actor's trained tensors.
-fn digest(actor: &Trained<'_>) -> Result<String> {
+/// What tells the actor's weights from other ones: a hash of the sum and the norm of each trained tensor. They
+/// are sums in one order, so equal weights give equal ones; no weight is copied.
+fn digest(actor: &Trained<'_>) -> String {
     use sha2::{Digest, Sha256};
     let mut hash = Sha256::new();
     for (name, tensor) in &actor.parameters {
         hash.update(name.as_bytes());
-        let values = tensor.detach().to_device(Device::Cpu).to_kind(pt_tensor::Kind::Float).flatten(0, -1);
-        let values = Vec::<f32>::try_from(values).map_err(pt_tensor::TensorError::from)?;
-        values.iter().for_each(|value| hash.update(value.to_le_bytes()));
+        let tensor = tensor.detach();
+        for sum in [tensor.sum(Kind::Double), tensor.norm()] {
+            hash.update(sum.double_value(&[]).to_le_bytes());
+        }
     }
-    Ok(hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
+    hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 /// Name of the generator's state among the tensors of a checkpoint.

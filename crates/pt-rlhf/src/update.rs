@@ -240,10 +240,7 @@ impl<'a, A: Algorithm> Updater<'a, A> {
     ) -> Result<i64> {
         let (algorithm, places) = (&self.config.objective, &compared.places);
         let updates = algorithm.updates();
-        let window = {
-            let kept = places.kept_lengths(groups);
-            LossWindow { num_sequences: kept.len(), ..LossWindow::of(&kept, algorithm.rollout().max_new_tokens) }
-        };
+        let window = LossWindow::of(&places.kept_lengths(groups), algorithm.rollout().max_new_tokens);
         let Trained { model, sites, .. } = &roles.actor;
         let run = RunOptions { is_checkpointed: self.config.activation_checkpointing };
         // The entropy of the policy that sampled, but where it is part of the loss.

@@ -18,6 +18,8 @@ pub trait ObjectiveConfig:
 {
     /// The learning rate of a run that names none, for an adapter.
     const LEARNING_RATE: f64;
+    /// Steps between checkpoints of a run that says nothing of them.
+    const SAVE_EVERY: u64 = 100;
 
     /// Every fault of the settings, in words.
     fn faults(&self) -> Vec<String>;
@@ -95,7 +97,7 @@ impl<O: ObjectiveConfig> Default for TrainConfig<O> {
             activation_checkpointing: false,
             log_every: 1,
             eval_every: 0,
-            save_every: 100,
+            save_every: O::SAVE_EVERY,
             keep_checkpoints: 2,
             early_stopping: None,
             seed: 0,

@@ -56,6 +56,29 @@ fn grpo_trains_with_a_reference_and_all_weights_can_be_trained() {
 }
 
 #[test]
+fn a_reward_model_judges_and_is_found_again_from_another_folder() {
+    let workshop = workshop();
+    let pair = |n: usize| {
+        format!("{{\"prompt\": \"t{} t{}\", \"chosen\": \"t77 t78\", \"rejected\": \"t5 t6\"}}\n", 10 + n, 40 + n)
+    };
+    workshop.write("pairs.jsonl", &(0..8).map(pair).collect::<String>());
+    let training = ["reward", "--model", "model", "--device", "cpu", "--data", "pairs.jsonl", "--output", "judge"];
+    workshop.stdout(&[&training[..], &["--set", "max_steps=2", "--set", "data.max_length=60"]].concat());
+    let rewards = "rewards=[{type: model, path: judge}]";
+    workshop.stdout(&command("ppo", "run", &["max_steps=1", rewards, "critic.path=judge"]));
+    // As the run keeps it.
+    let config = std::fs::read_to_string(workshop.path("run/config.yaml")).unwrap();
+    let judge = workshop.path("judge").canonicalize().unwrap();
+    assert_eq!(config.matches(&*judge.to_string_lossy()).count(), 2, "{config}");
+    std::fs::create_dir(workshop.path("elsewhere")).unwrap();
+    let run = workshop.path("run").to_string_lossy().into_owned();
+    let mut resumed = workshop.command(&["ppo", "--resume", "--output", &run, "--set", "max_steps=2"]);
+    let resumed = resumed.current_dir(workshop.path("elsewhere")).output().unwrap();
+    assert!(resumed.status.success(), "{}", stderr(&resumed));
+    assert!(workshop.path("run/checkpoints/step-00000002/critic/adapter_model.safetensors").exists());
+}
+
+#[test]
 fn faults_are_named_and_leave_no_run() {
     let workshop = workshop();
     let cases: [(&[&str], &str); 5] = [

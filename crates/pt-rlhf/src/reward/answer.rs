@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use super::number::{Quantity, numbers};
-use super::{Fault, Reward, Sample, compile, excerpt, refused};
+use super::{Fault, Reward, Sample, check, compile, excerpt};
 use crate::error::Result;
 
 /// What is made equal before two texts are compared.
@@ -110,10 +110,7 @@ impl ExactMatch {
     /// # Errors
     /// [`RlhfError::Config`](crate::RlhfError::Config) with every fault of the configuration.
     pub fn new(name: &str, config: &ExactConfig) -> Result<Self> {
-        match config.faults() {
-            faults if faults.is_empty() => {}
-            faults => return Err(refused(name, faults)),
-        }
+        check(name, config.faults())?;
         Ok(Self { name: name.to_owned(), config: config.clone(), extract: extractor(config.extract.as_deref()) })
     }
 
@@ -249,10 +246,7 @@ impl NumberMatch {
     /// # Errors
     /// [`RlhfError::Config`](crate::RlhfError::Config) with every fault of the configuration.
     pub fn new(name: &str, config: &NumberConfig) -> Result<Self> {
-        match config.faults() {
-            faults if faults.is_empty() => {}
-            faults => return Err(refused(name, faults)),
-        }
+        check(name, config.faults())?;
         Ok(Self { name: name.to_owned(), config: config.clone(), extract: extractor(config.extract.as_deref()) })
     }
 

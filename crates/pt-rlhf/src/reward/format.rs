@@ -4,7 +4,7 @@ use schemars::JsonSchema;
 use serde::de::IgnoredAny;
 use serde::{Deserialize, Serialize};
 
-use super::{Reward, Sample, refused};
+use super::{Reward, Sample, check};
 use crate::error::Result;
 
 /// A reward of 1 where the response has a form, else 0, or the share of what it fulfils.
@@ -105,10 +105,8 @@ impl FormatCheck {
     /// # Errors
     /// [`RlhfError::Config`](crate::RlhfError::Config) with every fault of the configuration.
     pub fn new(name: &str, config: &FormatConfig) -> Result<Self> {
-        match config.faults() {
-            faults if faults.is_empty() => Ok(Self { name: name.to_owned(), config: config.clone() }),
-            faults => Err(refused(name, faults)),
-        }
+        check(name, config.faults())?;
+        Ok(Self { name: name.to_owned(), config: config.clone() })
     }
 }
 

@@ -3,7 +3,7 @@
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::{Reward, Sample, refused};
+use super::{Reward, Sample, check};
 use crate::error::Result;
 
 /// What a length is counted in.
@@ -94,10 +94,8 @@ impl LengthWindow {
     /// # Errors
     /// [`RlhfError::Config`](crate::RlhfError::Config) with every fault of the configuration.
     pub fn new(name: &str, config: &LengthConfig) -> Result<Self> {
-        match config.faults() {
-            faults if faults.is_empty() => Ok(Self { name: name.to_owned(), config: config.clone() }),
-            faults => Err(refused(name, faults)),
-        }
+        check(name, config.faults())?;
+        Ok(Self { name: name.to_owned(), config: config.clone() })
     }
 }
 

@@ -167,6 +167,11 @@ fn refused(reward: &str, faults: Vec<String>) -> RlhfError {
     RlhfError::Config { place: format!("reward `{reward}`"), faults }
 }
 
+/// That a reward's settings have no fault.
+fn check(reward: &str, faults: Vec<String>) -> Result<()> {
+    if faults.is_empty() { Ok(()) } else { Err(refused(reward, faults)) }
+}
+
 #[cfg(test)]
 mod testing {
     use super::*;
