@@ -1,10 +1,16 @@
 //! The models under test, their inputs and their roofs.
 
 use anyhow::{Context, Result};
-use pt_model::{Completion, ModelConfig, PromptGroup};
-use pt_tensor::{Device, Kind, Tensor};
+use pt_model::{CausalLm, Completion, ModelConfig, Pretrained, PromptGroup, RunOptions, Sites};
+use pt_peft::{Adapter, LoraAdapter, LoraConfig};
+use pt_tensor::{Device, Kind, Tensor, parse_kind, peak_memory_bytes};
+use pt_train::objective::{Objective, Pass};
+use pt_train::schedule::ScheduleConfig;
+use pt_train::step::Optimization;
+use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::rc::Rc;
 use std::time::Instant;
 
 /// The model under test: what `cargo xtask bench` fetched.
@@ -45,6 +51,53 @@ pub fn pairs(count: usize, prompt_ratio: usize) -> Vec<PromptGroup> {
         PromptGroup { prompt: prompts.iter().flat_map(|row| row.prompt.clone()).collect(), completions }
     };
     rows.chunks(prompt_ratio + 1).map(pair).collect()
+}
+
+/// The sorts of prompts that [`pairs`] are measured with: names, and lengths in units of a completion's.
+pub const PAIR_PROMPTS: [(&str, usize); 2] = [("short", 1), ("long", 4)];
+
+/// The length of a sort of prompts by its name; of the first when none is named.
+pub fn pair_prompts(name: Option<&str>) -> usize {
+    PAIR_PROMPTS.iter().find(|(known, _)| Some(*known) == name).map_or(1, |(_, length)| *length)
+}
+
+/// Steps of `batch` examples with LoRA of rank 16 on an objective of pairs; the seconds of all steps but the first.
+/// `objective` makes it of the model, with what it trains beside the adapter.
+///
+/// # Errors
+/// Those of model and objective.
+pub fn measure_pairs<O: Objective>(
+    dtype: &str,
+    examples: &[O::Example],
+    batch: usize,
+    learning_rate: f64,
+    objective: impl FnOnce(&CausalLm) -> Result<(O, Vec<(String, Tensor)>)>,
+) -> Result<Value> {
+    let kind = parse_kind(dtype)?.kind(Device::Cpu);
+    let pretrained = Pretrained::open(model_path()?)?;
+    let model = CausalLm::load(&pretrained, Device::Cpu, kind)?;
+    let adapter = Rc::new(LoraAdapter::new(LoraConfig::default(), &model, 0)?);
+    adapter.set_training(true);
+    let (mut objective, beside) = objective(&model)?;
+    let leaves = adapter.parameters().into_iter().chain(beside).collect();
+    let num_steps = examples.len().div_ceil(batch);
+    let schedule = ScheduleConfig::default().build(num_steps)?;
+    let scratch = std::env::temp_dir();
+    let mut optimization = Optimization::new(leaves, Default::default(), &scratch, schedule, learning_rate, Some(1.0))?;
+    let sites: Rc<dyn Sites> = adapter;
+    let (mut losses, mut seconds) = (Vec::new(), 0.0);
+    for (step, rows) in examples.chunks(batch).enumerate() {
+        let start = Instant::now();
+        let pass = Pass { step: step as u64 + 1, model: &model, sites: &sites, options: RunOptions::default() };
+        let window = objective.accumulate(&pass, &[rows.iter().collect()])?;
+        optimization.step(step as u64 + 1)?;
+        losses.push(window.loss);
+        if step > 0 {
+            seconds += start.elapsed().as_secs_f64();
+        }
+    }
+    let rate = (num_steps.saturating_sub(1) * batch) as f64 / seconds;
+    Ok(json!({"pairs_per_s": rate, "peak_rss_bytes": peak_memory_bytes(), "losses": losses}))
 }
 
 /// GFLOP/s of libtorch's products at the model's own linear shapes, forward and backward to the input, weighted as

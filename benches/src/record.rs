@@ -1,7 +1,7 @@
 //! What was measured, on which machine, and how runs are summed up.
 
 use anyhow::{Context, Result, bail};
-use serde_json::Value;
+use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -118,6 +118,56 @@ impl Record {
     }
 }
 
+/// One measurement, in a process of its own.
+pub type Measure<'a> = dyn FnMut() -> Result<Value> + 'a;
+
+/// Rounds of ours and of the peer's (where it is there) in turn, each a line with `labels`; then the medians, and ours as
+/// multiples of the peer's.
+///
+/// # Errors
+/// Those of the measurements.
+pub fn compare(
+    record: &mut Record,
+    labels: &Value,
+    rounds: usize,
+    ours: &mut [(&str, &mut Measure<'_>)],
+    (peer, measure_peer): (&str, &mut (dyn FnMut() -> Result<Option<Value>> + '_)),
+) -> Result<()> {
+    let line = |fields: Value| {
+        let mut line = fields;
+        for (name, value) in labels.as_object().into_iter().flatten() {
+            line[name] = value.clone();
+        }
+        line
+    };
+    let (mut own, mut theirs) = (vec![Vec::new(); ours.len()], Vec::new());
+    for round in 0..rounds {
+        for ((name, measure), all) in ours.iter_mut().zip(&mut own) {
+            let measured = measure()?;
+            record.add(line(json!({"tool": name, "round": round, "measured": measured})));
+            all.push(measured);
+        }
+        if let Some(measured) = measure_peer()? {
+            record.add(line(json!({"tool": peer, "round": round, "measured": measured})));
+            theirs.push(measured);
+        }
+        record.keep()?;
+    }
+    let their_median = medians(&theirs);
+    for ((name, _), all) in ours.iter().zip(&own) {
+        let median = medians(all);
+        record.add(line(json!({"median": name, "measured": median})));
+        if !theirs.is_empty() {
+            let ratio = ratios(&median, &their_median);
+            record.add(line(json!({"ratio": format!("{name} / {peer}"), "measured": ratio})));
+        }
+    }
+    if !theirs.is_empty() {
+        record.add(line(json!({"median": peer, "measured": their_median})));
+    }
+    Ok(())
+}
+
 /// Ours as a multiple of the peer's, for every field that both have as a number.
 pub fn ratios(own: &Value, peer: &Value) -> Value {
     let fields = own.as_object().into_iter().flatten();
@@ -190,7 +240,6 @@ fn zen(family: &str, model: &str) -> Option<&'static str> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use serde_json::json;
 
     #[test]
     fn medians_leave_out_what_is_no_number() {

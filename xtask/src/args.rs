@@ -5,6 +5,8 @@
 pub(crate) enum Demo {
     Sft,
     Dpo,
+    Rlhf,
+    Grpo,
 }
 
 /// One invocation.
@@ -53,9 +55,9 @@ const TASKS: [(&str, &str, &str, &str); 9] = [
     ),
     (
         "demo",
-        "[sft|dpo] [-- PT ARGUMENTS..]",
+        "[sft|dpo|rlhf|grpo] [-- PT ARGUMENTS..]",
         "train a real model on real data",
-        "Sets up, fetches SmolLM2-135M-Instruct and the demo data, builds `pt`, and runs `pt demo sft` or `pt demo dpo`.",
+        "Sets up, fetches SmolLM2-135M-Instruct and the demo data, builds `pt`, and runs `pt demo` sft, dpo, rlhf or grpo.",
     ),
     (
         "golden",
@@ -153,7 +155,11 @@ pub(crate) fn parse(arguments: impl Iterator<Item = String>) -> Result<Task, Str
         "demo" => match words.first().map(String::as_str) {
             None | Some("sft") => Task::Demo { demo: Demo::Sft, extra },
             Some("dpo") => Task::Demo { demo: Demo::Dpo, extra },
-            Some(other) => return Err(format!("there is no demo `{other}`; there are `sft` and `dpo`")),
+            Some("rlhf") => Task::Demo { demo: Demo::Rlhf, extra },
+            Some("grpo") => Task::Demo { demo: Demo::Grpo, extra },
+            Some(other) => {
+                return Err(format!("there is no demo `{other}`; there are `sft`, `dpo`, `rlhf` and `grpo`"));
+            }
         },
         "golden" => Task::Golden { area: words.pop(), regenerate: is_flag_set },
         "bench" => Task::Bench { suites: words, peers: is_flag_set, extra },

@@ -19,8 +19,11 @@ const BARE_SUITE: &str = "quant";
 /// The suite that measures a larger model as well.
 const QLORA_SUITE: &str = "qlora";
 
+/// The suite whose peer is an older TRL.
+const PPO_SUITE: &str = "ppo";
+
 /// Suites whose peers do not include llama.cpp.
-const WITHOUT_LLAMA_CPP: [&str; 4] = ["sft", "dpo", "peft", QLORA_SUITE];
+const WITHOUT_LLAMA_CPP: [&str; 7] = ["sft", "dpo", "peft", QLORA_SUITE, "reward", PPO_SUITE, "grpo"];
 
 /// Runs each suite (all of them when none is named); `extra` goes to every one.
 pub(crate) fn bench(suites: &[String], peers: bool, extra: &[String]) -> Result<()> {
@@ -51,6 +54,11 @@ pub(crate) fn bench(suites: &[String], peers: bool, extra: &[String]) -> Result<
         false => None,
     };
 
+    let ppo = match peers && suites.iter().any(|suite| suite == PPO_SUITE) {
+        true => Some(pinned_python("venv-peers-ppo", &workspace().join("benches/peers/requirements-ppo.txt"))?),
+        false => None,
+    };
+
     let features: &[&str] = if is_bare { &["--no-default-features"] } else { &[] };
     // Built first and all together, so that no compiler runs beside a measurement.
     run(cargo(&libtorch).args(["build", "--release", "-p", "pt-benches", "--bins"]).args(features))?;
@@ -66,6 +74,7 @@ pub(crate) fn bench(suites: &[String], peers: bool, extra: &[String]) -> Result<
             ("PT_LLAMA_CPP_PYTHON", &llama_cpp),
             ("PT_SQUAD", &squad),
             ("PT_ADAPTERS_PYTHON", &adapters),
+            ("PT_PPO_PYTHON", &ppo),
         ];
         for (name, value) in variables {
             if let Some(value) = value {

@@ -13,17 +13,24 @@ const MODEL: &str = "smollm2-135m-instruct";
 
 /// Sets up, fetches, builds and runs `pt demo`; `extra` goes to it.
 pub(crate) fn run_demo(demo: Demo, extra: &[String]) -> Result<()> {
-    let (name, data) = match demo {
-        Demo::Sft => ("sft", "squad"),
-        Demo::Dpo => ("dpo", "halueval-qa"),
+    // Flags that take fetched sets, by their names.
+    let (name, sets): (&str, &[(&str, &str)]) = match demo {
+        Demo::Sft => ("sft", &[("--data", "squad")]),
+        Demo::Dpo => ("dpo", &[("--data", "halueval-qa")]),
+        Demo::Rlhf => ("rlhf", &[("--data", "halueval-qa"), ("--rankings", "alpaca-eval")]),
+        Demo::Grpo => ("grpo", &[]),
     };
     let libtorch = setup::setup()?;
-    let (model, data) = (fetch::one(MODEL)?, fetch::one(data)?);
+    let model = fetch::one(MODEL)?;
+    let sets: Vec<_> = sets.iter().map(|(flag, set)| Ok((flag, fetch::one(set)?))).collect::<Result<_>>()?;
     run(cargo(&libtorch).args(["build", "--release", "-p", "pt-cli"]))?;
     // Through cargo once more, rather than by path: it knows the target folder and the library path.
     let mut command: Command = cargo(&libtorch);
     command.args(["run", "--release", "--quiet", "-p", "pt-cli", "--bin", "pt", "--", "demo", name]);
-    command.arg("--model").arg(model).arg("--data").arg(data);
+    command.arg("--model").arg(model);
+    for (flag, path) in sets {
+        command.arg(flag).arg(path);
+    }
     command.arg("--output").arg(free_folder(&format!("demo-{name}"))).args(extra);
     replace_with(&mut command)
 }

@@ -55,6 +55,24 @@ pub(crate) fn run_of(adapter: &Path) -> Option<PathBuf> {
     checkpoints.parent().map(Path::to_path_buf)
 }
 
+/// The reward model that a path names: an adapter as [`adapter_folder`] finds it, else a whole model, which stands in the
+/// folder itself or is that of a run's best (else last) checkpoint.
+pub(crate) enum RewardFolder {
+    Adapter(PathBuf),
+    Model(PathBuf),
+}
+
+impl RewardFolder {
+    pub(crate) fn of(path: &Path) -> Result<Self> {
+        let checkpoint = Checkpoints::of(path).chosen();
+        let models = [Some(path.to_path_buf()), checkpoint.map(|checkpoint| checkpoint.join("model"))];
+        match models.into_iter().flatten().find(|folder| folder.join("config.json").exists()) {
+            Some(folder) => Ok(Self::Model(folder)),
+            None => Ok(Self::Adapter(adapter_folder(path)?)),
+        }
+    }
+}
+
 /// The adapter that a path names: itself, that of a checkpoint, or that of a run's best (else last) checkpoint, which is
 /// then told on stderr.
 pub(crate) fn adapter_folder(path: &Path) -> Result<PathBuf> {

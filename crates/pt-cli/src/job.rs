@@ -63,6 +63,11 @@ struct Measured {
     samples: Vec<Answered>,
 }
 
+/// What a run measured on its held-out rows before training, by the name of the metric.
+pub(crate) fn measured_before(run: &RunDir) -> Result<BTreeMap<String, f64>> {
+    Ok(Measured::load(run)?.unwrap_or_default().values)
+}
+
 /// A held-out prompt with its answers.
 #[derive(Debug, Serialize, Deserialize)]
 struct Answered {

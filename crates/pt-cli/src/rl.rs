@@ -1,6 +1,6 @@
 //! What `pt ppo` and `pt grpo` share: roles, rewards, progress, report.
 
-use crate::checkpoints::adapter_folder;
+use crate::checkpoints::RewardFolder;
 use crate::interrupts;
 use crate::memory::Memory;
 use crate::open::no_tokenizer;
@@ -15,7 +15,7 @@ use pt_rlhf::reward::{ModelReward, Reward, RewardSpec, WeightedSum, build};
 use pt_rlhf::{
     Algorithm, Critic, CriticKind, EVAL_SCORES, Finding, GrpoConfig, IterationRecord, ModelScorer, Phase, PpoConfig,
     Prompt, Reference, RewardModel, RlObserver, RlOutcome, RlRun, Roles, SCORES, SampleRecord, ScalarHead,
-    check_rewards, encode_prompts, read_prompts, train, trunk_of,
+    check_method, check_rewards, encode_prompts, read_prompts, reward_metric, train, trunk_of,
 };
 use pt_tensor::Tensor;
 use pt_train::config::{flatten, to_yaml};
@@ -70,10 +70,15 @@ impl RlTask for GrpoConfig {
 
 /// The forms of the rows, for `--help`.
 pub(crate) const ROWS: &str = "`prompt` (a text or messages) or `messages` that end with a user's turn; other fields, \
-                               such as `answer`, are for the rewards";
+                               such as `answer`, are for the rewards.\n\nIn the fields below a step is an iteration (sample, \
+                               score, update), `batch.batch_size` times `batch.accumulation` are its prompts, \
+                               `batch.max_tokens` bounds the micro-batches of its passes, and what `eval_every` measures \
+                               and `early_stopping` waits for is the held-out score, the higher the better";
 
 /// Where a run keeps responses that it learned from.
 const SAMPLES: &str = "samples.jsonl";
+/// How the metrics of rewards on held-out prompts begin.
+const EVAL_PARTS: &str = "eval_rewards/";
 /// Iterations of which the report shows responses.
 const SHOWN: usize = 8;
 
@@ -107,21 +112,56 @@ pub(crate) fn run<A: RlTask>(args: TrainArgs) -> Result<ExitCode> {
         algorithm.num_samples(),
         algorithm.rollout().max_new_tokens
     );
+    if let (Some(method), Some(CriticKind::Adapter)) =
+        (config.peft, algorithm.value_settings().map(|settings| settings.critic.kind))
+    {
+        // The critic is an adapter with a head.
+        check_method(method)?;
+    }
+    // Before anything is loaded: rewards by rule as they are, those by models as folders that stand.
+    let rules = build(algorithm.rewards(), &mut |spec| {
+        RewardFolder::of(&spec.path).map_err(|error| unusable(spec, format!("{error:#}")))?;
+        Ok(Box::new(Unloaded))
+    })?;
+    for prompts in [&prompts, &eval_prompts] {
+        check_rewards(prompts, &rules)?;
+    }
     if args.dry_run {
         eprintln!("nothing was trained (--dry-run)");
         return Ok(ExitCode::SUCCESS);
     }
+    if config.method().is_some() && config.lora.lora_dropout > 0.0 {
+        eprintln!("note: lora.lora_dropout is off here: sampling and training have to run the same policy");
+    }
     eprintln!("loading {}", pretrained.path.display());
     let cast = Cast::load(&prepared, &pretrained)?;
     let mut reward = build(algorithm.rewards(), &mut |spec| cast.reward(spec, &prepared, &pretrained))?;
-    for prompts in [&prompts, &eval_prompts] {
-        check_rewards(prompts, &reward)?;
-    }
     let finished = play(&prepared, &pretrained, &cast, &mut reward, (&prompts, &eval_prompts), &encoder)?;
     Ok(match finished.ending {
         Ending::Interrupted => ExitCode::from(130),
         _ => ExitCode::SUCCESS,
     })
+}
+
+/// Stands in for a reward model while settings are checked.
+struct Unloaded;
+
+impl Reward for Unloaded {
+    fn name(&self) -> &str {
+        "unloaded"
+    }
+
+    fn score(&mut self, samples: &[pt_rlhf::reward::Sample<'_>]) -> pt_rlhf::Result<Vec<f64>> {
+        Ok(vec![0.0; samples.len()])
+    }
+}
+
+fn unusable(spec: &ModelReward, message: String) -> pt_rlhf::RlhfError {
+    pt_rlhf::RlhfError::Reward {
+        reward: spec.name.as_deref().unwrap_or("model").into(),
+        message,
+        hint: Some("give the path of a run of `pt reward`, of its adapter, or of a sequence classifier".into()),
+    }
 }
 
 /// Prompts of some files, tokenized.
@@ -202,19 +242,38 @@ impl Cast {
         let critic = match algorithm.value_settings().map(|settings| settings.critic) {
             None => None,
             Some(critic) => {
-                let mut own = match actor.is_none() && critic.kind == CriticKind::Adapter {
-                    true => {
-                        Some(CausalLm::load(&trunk_of(Pretrained::open(&pretrained.path)?)?, prepared.device, kind)?)
-                    }
-                    false => None,
+                let is_apart = critic.kind == CriticKind::Adapter;
+                let load_own = |from: Pretrained| {
+                    CausalLm::load(&trunk_of(from)?, prepared.device, kind).map_err(anyhow::Error::from)
                 };
                 let width = model.config().hidden_size;
                 let mut head = ScalarHead::new(width, config.seed, prepared.device)?;
-                let mut adapter = None;
-                if let Some(path) = &critic.path {
-                    let (reward, of_reward) = RewardModel::load_adapter(&adapter_folder(path)?, &model)?;
-                    (head, adapter) = (reward.head, Some(of_reward));
-                } else if own.is_none() && critic.kind == CriticKind::Adapter {
+                let (mut own, mut adapter) = (None, None);
+                match critic.path.as_deref().map(RewardFolder::of).transpose()? {
+                    Some(RewardFolder::Model(folder)) => {
+                        let from = Pretrained::open(&folder)?;
+                        let reward = RewardModel::of_pretrained(&from, prepared.device)?;
+                        let reward = reward.ok_or_else(|| critic_fault(&folder, "has no `score.weight`"))?;
+                        head = reward.value_head()?;
+                        if is_apart {
+                            own = Some(load_own(from)?);
+                        }
+                    }
+                    Some(RewardFolder::Adapter(folder)) if is_apart && actor.is_none() => {
+                        return Err(critic_fault(&folder, "is an adapter, and without a method the critic is a model"));
+                    }
+                    Some(RewardFolder::Adapter(folder)) => {
+                        let (reward, of_reward) = RewardModel::load_adapter(&folder, &model)?;
+                        (head, adapter) = (reward.value_head()?, Some(of_reward));
+                    }
+                    None if is_apart && actor.is_none() => own = Some(load_own(Pretrained::open(&pretrained.path)?)?),
+                    None => {}
+                }
+                if head.hidden_size() != width {
+                    let found = format!("reads {} hidden states, the policy has {width}", head.hidden_size());
+                    return Err(critic_fault(critic.path.as_deref().unwrap_or(&pretrained.path), &found));
+                }
+                if critic.path.is_none() && own.is_none() && critic.kind == CriticKind::Adapter {
                     adapter = new_adapter(&model, config.seed.wrapping_add(1))?;
                 }
                 if critic.kind == CriticKind::ActorHead {
@@ -241,24 +300,21 @@ impl Cast {
         pretrained: &Pretrained,
     ) -> pt_rlhf::Result<Box<dyn Reward>> {
         let name = spec.name.as_deref().unwrap_or("model");
-        let failed = |message: String| pt_rlhf::RlhfError::Reward {
-            reward: name.into(),
-            message,
-            hint: Some("give the path of a run of `pt reward`, of its adapter, or of a sequence classifier".into()),
-        };
-        if spec.path.join("config.json").exists() {
-            let other = Pretrained::open(&spec.path)?;
-            let vocabulary = |of: &Pretrained| (of.config.vocab_size, of.tokenizer.as_ref().map(|t| t.vocab_size()));
-            if vocabulary(&other) != vocabulary(pretrained) {
-                return Err(failed(format!("{} reads other tokens than the policy", spec.path.display())));
+        let failed = |message: String| unusable(spec, message);
+        let folder = match RewardFolder::of(&spec.path).map_err(|error| failed(format!("{error:#}")))? {
+            RewardFolder::Adapter(folder) => folder,
+            RewardFolder::Model(folder) => {
+                let other = Pretrained::open(&folder)?;
+                if !reads_the_same(&other, pretrained) {
+                    return Err(failed(format!("{} reads other tokens than the policy", folder.display())));
+                }
+                let Some(reward) = RewardModel::of_pretrained(&other, prepared.device)? else {
+                    return Err(failed(format!("{} has no `score.weight`", folder.display())));
+                };
+                let model = CausalLm::load(&trunk_of(other)?, prepared.device, prepared.kind)?;
+                return Ok(Box::new(ModelScorer::new(name, Rc::new(model), Rc::new(Bare), reward)?));
             }
-            let Some(reward) = RewardModel::of_pretrained(&other, prepared.device)? else {
-                return Err(failed(format!("{} has no `score.weight`", spec.path.display())));
-            };
-            let model = CausalLm::load(&trunk_of(other)?, prepared.device, prepared.kind)?;
-            return Ok(Box::new(ModelScorer::new(name, Rc::new(model), Rc::new(Bare), reward)?));
-        }
-        let folder = adapter_folder(&spec.path).map_err(|error| failed(format!("{error:#}")))?;
+        };
         // Over weights that move, the adapter would say something else every iteration.
         let model = match (&self.actor, &self.reference_model) {
             (Some(_), _) => self.model.clone(),
@@ -268,6 +324,24 @@ impl Cast {
         let (reward, adapter) = RewardModel::load_adapter(&folder, &model)?;
         Ok(Box::new(ModelScorer::new(name, model, adapter, reward)?))
     }
+}
+
+/// Whether two models have one vocabulary: each token the same id.
+fn reads_the_same(one: &Pretrained, other: &Pretrained) -> bool {
+    let (Some(of_one), Some(of_other)) = (&one.tokenizer, &other.tokenizer) else { return false };
+    one.config.vocab_size == other.config.vocab_size
+        && of_one.vocab_size() == of_other.vocab_size()
+        && (0..of_one.vocab_size() as i64).all(|id| of_one.id_to_token(id) == of_other.id_to_token(id))
+}
+
+fn critic_fault(folder: &Path, message: &str) -> anyhow::Error {
+    Misused {
+        message: format!("critic.path: {} {message}", folder.display()),
+        hint: "give a run of `pt reward` on the policy's own base: with the same --peft, or with --peft none where all of \
+               the policy's weights are trained; or leave critic.path out"
+            .into(),
+    }
+    .into()
 }
 
 /// Trains and reports.
@@ -287,8 +361,14 @@ fn play<A: RlTask>(
     };
     let again = prepared.command.resume(&prepared.output);
     interrupts::can_continue_with(&again);
-    run.save_config(&to_yaml(config)?)?;
-    prepared.command.save(run.root())?;
+    // A resumed run keeps its own settings until these are seen to go with its checkpoint.
+    let keep = || -> Result<()> {
+        run.save_config(&to_yaml(config)?)?;
+        prepared.command.save(run.root())
+    };
+    if prepared.run.is_none() {
+        keep()?;
+    }
     let trained: Vec<Tensor> = (cast.actor_leaves.iter())
         .chain(cast.critic.iter().flat_map(|critic| &critic.leaves))
         .map(|(_, leaf)| leaf.shallow_clone())
@@ -367,7 +447,7 @@ fn play<A: RlTask>(
         config,
         run: &run,
     };
-    let mut progress = Progress::new(&run)?;
+    let mut progress = Progress::new(&run, Box::new(keep))?;
     let outcome = interrupts::while_training(|stop| train(&mut rl, stop, &mut progress))?;
     progress.finish()?;
     drop(rl);
@@ -396,13 +476,16 @@ fn report<A: RlTask>(
     prepared: &Prepared<A>,
     run: &RunDir,
     outcome: &RlOutcome,
-    progress: &Progress,
+    progress: &Progress<'_>,
     seconds: f64,
 ) -> Result<()> {
     let series = read_series(&run.metrics_path())?;
+    // Of the checkpoint that is handed on, which is the best where held-out prompts tell.
+    let best = run.best()?.map(|best| best.step);
     let ends = |name: &str| {
         let points = series.get(name)?;
-        Some((points.first()?.1, points.last()?.1))
+        let chosen = points.iter().find(|(step, _)| best == Some(*step)).or(points.last())?;
+        Some((points.first()?.1, chosen.1))
     };
     let headline = |label: &str, (before, after): (f64, f64), better| Headline {
         label: label.into(),
@@ -413,6 +496,13 @@ fn report<A: RlTask>(
     };
     let mut headlines = Vec::new();
     headlines.extend(ends(EVAL_SCORES).map(|it| headline("held-out score (greedy)", it, Better::Higher)));
+    // Rewards with weight 0 are there to be watched: what is wanted, beside what is rewarded.
+    let parts: Vec<&str> =
+        series.keys().filter_map(|name| name.strip_prefix(EVAL_PARTS)?.strip_suffix("/mean")).collect();
+    if parts.len() > 1 {
+        let of_part = |name: &&str| Some((format!("held-out {name}"), ends(&format!("eval_{}", reward_metric(name)))?));
+        headlines.extend(parts.iter().filter_map(of_part).map(|(label, it)| headline(&label, it, Better::Higher)));
+    }
     headlines.extend(ends(SCORES).map(|it| headline("score of rollouts", it, Better::Higher)));
     headlines.extend(ends("objective/kl").map(|it| headline("KL to the reference, nats", it, Better::Neither)));
     let shown = |sample: &SampleRecord| Sample {
@@ -449,25 +539,41 @@ fn report<A: RlTask>(
 }
 
 /// A bar of iterations on a terminal, a line an iteration; keeps responses for the report.
-struct Progress {
+struct Progress<'a> {
     path: PathBuf,
+    /// Keeps settings and command in the run, once the loop has taken them.
+    keep_settings: Option<Box<dyn FnOnce() -> Result<()> + 'a>>,
     samples: Vec<SampleRecord>,
     findings: BTreeMap<&'static str, String>,
     bar: Option<indicatif::ProgressBar>,
     failed: Option<anyhow::Error>,
 }
 
-impl Progress {
-    fn new(run: &RunDir) -> Result<Self> {
+impl<'a> Progress<'a> {
+    fn new(run: &RunDir, keep_settings: Box<dyn FnOnce() -> Result<()> + 'a>) -> Result<Self> {
         let path = run.root().join(SAMPLES);
         let last = run.latest()?.map_or(0, |(step, _)| step);
         let kept = std::fs::read_to_string(&path).unwrap_or_default();
         let samples = kept.lines().filter_map(|line| serde_json::from_str::<SampleRecord>(line).ok());
         let samples = samples.filter(|sample| sample.step <= last).collect();
-        Ok(Self { path, samples, findings: BTreeMap::new(), bar: None, failed: None })
+        Ok(Self {
+            path,
+            keep_settings: Some(keep_settings),
+            samples,
+            findings: BTreeMap::new(),
+            bar: None,
+            failed: None,
+        })
+    }
+
+    fn accepted(&mut self) {
+        if let Some(Err(error)) = self.keep_settings.take().map(|keep| keep()) {
+            self.failed.get_or_insert(error);
+        }
     }
 
     fn finish(&mut self) -> Result<()> {
+        self.accepted();
         if let Some(bar) = &self.bar {
             bar.finish_and_clear();
         }
@@ -501,8 +607,9 @@ impl Progress {
     }
 }
 
-impl RlObserver for Progress {
+impl RlObserver for Progress<'_> {
     fn on_phase(&mut self, step: u64, phase: Phase, done: usize, total: usize) {
+        self.accepted();
         let bar = self.bar.get_or_insert_with(|| talk::bar(0, "iterations"));
         bar.set_message(match phase {
             Phase::Sampling => format!("{step}: sampled {done} tokens of at most {total}"),
@@ -519,7 +626,8 @@ impl RlObserver for Progress {
         bar.set_position(record.step);
         let value = |name: &str| record.value(name).unwrap_or(f64::NAN);
         let kl = record.value("objective/kl").map_or(String::new(), |kl| format!("  KL {kl:.3}"));
-        let seconds: f64 = ["rollout", "compare", "update"].iter().map(|part| value(&format!("seconds/{part}"))).sum();
+        let seconds: f64 =
+            ["rollout", "scoring", "compare", "update"].iter().map(|part| value(&format!("seconds/{part}"))).sum();
         self.say(&format!(
             "iteration {}/{}  score {:.3}{kl}  length {:.1}  ended {:.0} %  entropy {:.2}  clipped {:.1} %  \
              {seconds:.1} s (sampling {:.1}, updates {:.1})",

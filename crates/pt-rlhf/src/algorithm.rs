@@ -191,7 +191,17 @@ fn clipped(
             (advantages, kept / batch.window.num_sequences.max(1) as f64)
         }
         _ => {
-            let weights = Tensor::from_slice(&token_weights(batch.lengths, average, batch.window)).to_device(device);
+            let mut weights =
+                Tensor::from_slice(&token_weights(batch.lengths, average, batch.window)).to_device(device);
+            if average == LossAverage::Bnpo {
+                // The mean of a micro-batch is over the tokens that count.
+                let (all, counted) = batch
+                    .lengths
+                    .iter()
+                    .zip(batch.is_kept)
+                    .fold((0, 0), |(all, counted), (n, kept)| (all + n, counted + n * usize::from(*kept)));
+                weights *= all as f64 / counted.max(1) as f64;
+            }
             let of_token = sequence_ids(batch.lengths, device);
             (batch.advantages.shallow_clone(), weights * kept.index_select(0, &of_token))
         }

@@ -228,7 +228,9 @@ fn length_hacking(history: &[IterationStats]) -> Option<Finding> {
 
 fn entropy_collapse(history: &[IterationStats]) -> Option<Finding> {
     let recent = last(history, BEGINNING).filter(|_| history.len() >= 2 * BEGINNING)?;
-    let first = mean(history.get(..BEGINNING)?, |stats| stats.entropy);
+    // Iterations that train the critic alone measure none.
+    let measured: Vec<f64> = history.iter().map(|stats| stats.entropy).filter(|entropy| entropy.is_finite()).collect();
+    let first = measured.get(..BEGINNING)?.iter().sum::<f64>() / BEGINNING as f64;
     let now = mean(recent, |stats| stats.entropy);
     (first > 0.0 && now < ENTROPY_LEFT * first).then(|| Finding {
         diagnosis: Diagnosis::EntropyCollapse,
@@ -426,6 +428,8 @@ mod tests {
         let history = run(8, |i| IterationStats { entropy: if i < 4 { 1.5 } else { 0.1 }, ..GOOD });
         only(&history, Diagnosis::EntropyCollapse, "from 1.500 to 0.100 nats a token");
         assert!(found(&[IterationStats { entropy: 0.1, ..GOOD }; 8]).is_empty(), "it began there");
+        let after_warmup = run(10, |i| IterationStats { entropy: [f64::NAN, 1.5, 0.1][(i + 2) / 4], ..GOOD });
+        assert!(!found(&after_warmup).is_empty());
     }
 
     #[test]

@@ -121,6 +121,16 @@ impl KlController {
         Self { coef: init, control }
     }
 
+    /// This controller, of a run that goes on with `settings`: a fixed coefficient is theirs, one that adapts stays where
+    /// it has come to.
+    #[must_use]
+    pub fn continued(self, settings: Self) -> Self {
+        match settings.control.kind {
+            KlControlKind::Fixed => settings,
+            KlControlKind::Adaptive => Self { coef: self.coef, control: settings.control },
+        }
+    }
+
     /// The coefficient for the next rollout.
     pub fn coef(&self) -> f64 {
         self.coef

@@ -25,6 +25,7 @@ mod kl;
 mod model_scorer;
 mod packed;
 mod policy_loss;
+mod probe;
 mod prompts;
 mod ranking_loss;
 pub mod reward;
@@ -57,10 +58,11 @@ pub use prompts::{Prompt, PromptRow, check_rewards, encode_prompts, read_prompts
 pub use ranking_loss::{RankingOutput, centering_losses, pairwise_losses, plackett_luce_loss, ranking_losses};
 pub use reward_model::{REWARD_FILE, RewardModel, ScoreStatistics, check_method, end_at_turn, trunk_of};
 pub use reward_settings::{RankingLoss, RewardConfig};
-pub use reward_training::{RewardTraining, ScoreRecord, ScoredPair};
+pub use reward_training::{ACCURACY, RewardTraining, ScoreRecord, ScoredPair};
 pub use rl_settings::{Baseline, CriticConfig, CriticKind, GrpoConfig, PpoConfig, RolloutConfig};
 pub use rl_train::{
-    CRITIC, EVAL_SCORES, IterationRecord, Phase, RlObserver, RlOutcome, RlRun, SCORES, SampleRecord, train,
+    CRITIC, EVAL_SCORES, IterationRecord, Phase, RlObserver, RlOutcome, RlRun, SCORES, SampleRecord, reward_metric,
+    train,
 };
 pub use roles::{Critic, Reference, Roles};
 pub use rollout::Rollout;

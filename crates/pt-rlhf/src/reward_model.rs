@@ -7,7 +7,7 @@ use pt_model::{
 };
 use pt_peft::{Adapter, CONFIG_FILE, Method, MethodConfig, PeftError, TENSOR_FILE, load_adapter};
 use pt_tensor::io::{SafetensorsReader, create_folder_atomically, save_safetensors, save_sharded, write_atomically};
-use pt_tensor::{Device, Kind, Nf4Weight, Tensor, TensorError};
+use pt_tensor::{Device, Kind, Nf4Weight, Tensor, TensorError, no_grad};
 use pt_train::data::{Encode, PromptGroup};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
@@ -179,6 +179,16 @@ impl RewardModel {
     #[must_use]
     pub fn shared(&self) -> Self {
         Self { head: self.head.shared(), statistics: self.statistics }
+    }
+
+    /// A value head for a critic that begins as this model: a copy of the head in the units of normalized scores, which
+    /// are what [`ModelScorer`](crate::ModelScorer) rewards. Their mean cannot be taken off, a head has no bias.
+    ///
+    /// # Errors
+    /// As [`ScalarHead::from_tensor`].
+    pub fn value_head(&self) -> Result<ScalarHead> {
+        let deviation = self.statistics.map(|known| known.std).filter(|std| *std > 0.0).unwrap_or(1.0);
+        ScalarHead::from_tensor(&no_grad(|| self.head.weight() / deviation))
     }
 
     /// Scores of a batch's completions, `[num_completions]`, f32: the head's at the last token of each.
@@ -562,6 +572,21 @@ mod tests {
         assert_eq!(ScoreStatistics::load(folder.path()).unwrap(), None);
         statistics.save(folder.path()).unwrap();
         assert_eq!(ScoreStatistics::load(folder.path()).unwrap(), Some(statistics));
+    }
+
+    #[test]
+    fn a_value_head_is_in_units_of_normalized_scores_and_a_copy() {
+        let head = ScalarHead::new(3, 0, pt_tensor::Device::Cpu).unwrap();
+        let weights = |head: &ScalarHead| Vec::<f32>::try_from(head.weight().detach().view([-1])).unwrap();
+        let plain = RewardModel::new(head);
+        assert_eq!(weights(&plain.value_head().unwrap()), weights(&plain.head));
+        let statistics = Some(ScoreStatistics { mean: 5.0, std: 2.0, count: 9 });
+        let model = RewardModel { statistics, ..plain };
+        let halved: Vec<f32> = weights(&model.head).iter().map(|weight| weight / 2.0).collect();
+        let value_head = model.value_head().unwrap();
+        assert_eq!(weights(&value_head), halved);
+        let _ = no_grad(|| value_head.weight().shallow_clone().zero_());
+        assert_ne!(weights(&model.head), [0.0; 3]);
     }
 
     #[test]

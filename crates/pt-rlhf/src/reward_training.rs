@@ -14,6 +14,8 @@ use std::cell::RefCell;
 use std::collections::VecDeque;
 use std::rc::Rc;
 
+/// Share of pairs whose better completion has the higher score, the metric; of held-out rows with `eval_` before it.
+pub const ACCURACY: &str = "accuracy";
 /// Scores of training completions that are remembered for [`ScoreStatistics`].
 const REMEMBERED: usize = 1024;
 /// Their name in a checkpoint.
@@ -97,7 +99,7 @@ impl Sums {
         let scores = || self.scores.iter().map(|&score| f64::from(score));
         let num_right = self.differences.iter().filter(|difference| **difference > 0.0).count();
         vec![
-            ("accuracy", num_right as f64 / num_pairs),
+            (ACCURACY, num_right as f64 / num_pairs),
             ("margin", self.differences.iter().sum::<f64>() / num_pairs),
             ("min_reward", scores().fold(f64::INFINITY, f64::min)),
             ("mean_reward", scores().sum::<f64>() / self.scores.len().max(1) as f64),

@@ -4,7 +4,9 @@
 //! `batch.accumulation` are its prompts, and `batch.max_tokens` bounds the micro-batches of the passes.
 
 use crate::reward::{RewardSpec, reward_faults};
-use crate::{ImportanceLevel, KlControl, KlEstimator, LossAverage, PolicyClip, ScaleRewards, ScorePlacement};
+use crate::{
+    ImportanceLevel, KlControl, KlControlKind, KlEstimator, LossAverage, PolicyClip, ScaleRewards, ScorePlacement,
+};
 use pt_train::settings::ObjectiveConfig;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -73,7 +75,8 @@ pub struct CriticConfig {
 }
 
 /// Proximal policy optimization (Schulman et al. 2017, <https://arxiv.org/abs/1707.06347>) as InstructGPT has it
-/// (Ouyang et al. 2022, <https://arxiv.org/abs/2203.02155>). Defaults are those of TRL 1.12.
+/// (Ouyang et al. 2022, <https://arxiv.org/abs/2203.02155>). Defaults are those of TRL 1.12 but for how responses are
+/// sampled, the learning rate (1e-5, for adapters) and the place of the score.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct PpoConfig {
@@ -205,6 +208,15 @@ impl ObjectiveConfig for PpoConfig {
         if self.critic.kind == CriticKind::ActorHead && self.critic.warmup_iterations > 0 {
             faults.push("critic.warmup_iterations is set and critic.kind is actor_head, expected 0: they share".into());
         }
+        if self.critic.kind == CriticKind::ActorHead && self.critic.learning_rate.is_some() {
+            faults.push(
+                "critic.learning_rate is set and critic.kind is actor_head, expected null: one optimizer has both"
+                    .into(),
+            );
+        }
+        if self.kl_control.kind == KlControlKind::Adaptive && self.kl_coef == 0.0 {
+            faults.push("kl_coef is 0 and kl_control.kind is adaptive, which multiplies it, expected over 0".into());
+        }
         faults
     }
 }
@@ -222,7 +234,8 @@ pub enum Baseline {
 
 /// Group-relative policy optimization (Shao et al. 2024, <https://arxiv.org/abs/2402.03300>) with the choices of DAPO,
 /// Dr. GRPO and GSPO, and REINFORCE leave-one-out (Ahmadian et al. 2024, <https://arxiv.org/abs/2402.14740>): a critic
-/// is the mean of other responses to the same prompt. Defaults are those of TRL 1.16.
+/// is the mean of other responses to the same prompt. Defaults are those of TRL 1.16 but for how responses are sampled and
+/// the learning rate (1e-5, for adapters).
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct GrpoConfig {
@@ -299,6 +312,9 @@ impl ObjectiveConfig for GrpoConfig {
         if self.num_samples < 2 {
             let found = self.num_samples;
             faults.push(format!("num_samples is {found}, expected at least 2: a response is held to the others"));
+        }
+        if self.baseline == Baseline::LeaveOneOut && self.scale_rewards != ScaleRewards::default() {
+            faults.push("scale_rewards is set and baseline is leave_one_out, which divides by nothing".into());
         }
         if self.importance == ImportanceLevel::Sum && self.loss_average != LossAverage::default() {
             faults.push("loss_average is set and importance is sum, which has one loss a response".into());

@@ -167,7 +167,10 @@ pub fn train<A: Algorithm>(
     // The prompts of an iteration are taken together, whatever micro-batches they are computed in.
     let mut batches = Batches::new(groups, BatchConfig { max_tokens: None, ..config.batch.clone() })?;
     let updates = algorithm.updates();
-    let num_updates = total_steps as usize * updates.num_epochs * updates.num_minibatches;
+    // As the updater deals prompts out.
+    let per_step = config.batch.rows_per_step().min(run.prompts.len()).max(1);
+    let num_minibatches = per_step.div_ceil(per_step.div_ceil(updates.num_minibatches));
+    let num_updates = total_steps as usize * updates.num_epochs * num_minibatches;
     let optimization = |trained: &Trained<'_>, rate: f64| -> Result<Optimization> {
         let parameters = trained.parameters.iter().map(|(name, tensor)| (name.clone(), tensor.shallow_clone()));
         let schedule = config.schedule.build(num_updates)?;
@@ -197,6 +200,7 @@ pub fn train<A: Algorithm>(
     pt_tensor::random::seed(config.seed);
     if let Some((_, folder)) = run.run.latest()? {
         state = load(&folder, &mut updater)?;
+        state.algorithm.kl = state.algorithm.kl.continued(algorithm.start().kl);
         if state.data_fingerprint != data_fingerprint {
             return Err(TrainError::Config {
                 place: folder.display().to_string(),
@@ -219,8 +223,8 @@ pub fn train<A: Algorithm>(
         let score = match kept {
             Some(score) => score,
             None => {
-                let score = evaluate(run, 0, observer)?;
-                metrics.write(0, &[(EVAL_SCORES, score)])?;
+                let (score, values) = evaluate(run, 0, observer)?;
+                metrics.write(0, &borrowed(&values))?;
                 score
             }
         };
@@ -237,11 +241,23 @@ pub fn train<A: Algorithm>(
         let step = state.step + 1;
         // 1. The prompts of this iteration, responses to them, and what those are worth.
         let chosen: Vec<usize> = batches.next_indices().into_iter().flatten().collect();
-        let Some(rollout) = judged(run, &state, &chosen, stop, observer)? else {
-            ending = Ending::Interrupted;
-            break;
+        let (rollout, scoring) = match judged(run, &state, &chosen, stop, observer) {
+            Ok(Some(judged)) => judged,
+            Ok(None) => {
+                ending = Ending::Interrupted;
+                break;
+            }
+            Err(error) => {
+                // A reward that fails (a program that crashed, say) costs no iteration that was done.
+                if run.run.latest()?.is_none_or(|(step, _)| step < state.step) && state.step > 0 {
+                    metrics.sync()?;
+                    run.run.write_checkpoint(state.step, |folder| save(folder, run, &updater, &state))?;
+                }
+                return Err(error);
+            }
         };
-        let sampled = started.elapsed().as_secs_f64();
+        let sampled = started.elapsed().as_secs_f64() - scoring;
+        let judged = started.elapsed().as_secs_f64();
         // 2. Log-probs of policy and reference, values of the critic.
         observer.on_phase(step, Phase::Comparing, 0, 1);
         let compared = updater.compare(&run.roles, rollout, step)?;
@@ -262,16 +278,16 @@ pub fn train<A: Algorithm>(
             (names::EPOCH.to_string(), batches.epochs_done()),
             ("episode".into(), state.num_prompts as f64 * algorithm.num_samples() as f64),
             ("seconds/rollout".into(), sampled),
-            ("seconds/compare".into(), before_updates - sampled),
+            ("seconds/scoring".into(), scoring),
+            ("seconds/compare".into(), before_updates - judged),
             ("seconds/update".into(), started.elapsed().as_secs_f64() - before_updates),
             (names::TOKENS_PER_SECOND.into(), update.num_tokens as f64 / started.elapsed().as_secs_f64()),
             (names::MEMORY.into(), peak_memory_bytes().unwrap_or(0) as f64),
         ]);
         let record = IterationRecord { step, total_steps, values };
         if step.is_multiple_of(config.log_every) || step == total_steps {
-            let values: Vec<(&str, f64)> = record.values.iter().map(|(name, value)| (&**name, *value)).collect();
-            metrics.write(step, &values)?;
-            events.scalars(step, &values)?;
+            metrics.write(step, &borrowed(&record.values))?;
+            events.scalars(step, &borrowed(&record.values))?;
         }
         observer.on_iteration(&record, &samples(run.prompts, rollout, step));
         state.history.push(stats(&record, rollout));
@@ -287,15 +303,15 @@ pub fn train<A: Algorithm>(
         let mut is_best = false;
         let is_due = config.eval_every > 0 && step.is_multiple_of(config.eval_every);
         if !run.eval_prompts.is_empty() && (is_last || is_due) {
-            let score = evaluate(run, step, observer)?;
+            let (score, values) = evaluate(run, step, observer)?;
             is_best = state.best.as_ref().is_none_or(|best| score > best.value);
             state.evaluations_without_gain = if is_best { 0 } else { state.evaluations_without_gain + 1 };
             state.eval_scores.1 = Some(score);
             if is_best {
                 state.best = Some(Best { step, metric: EVAL_SCORES.into(), value: score });
             }
-            metrics.write(step, &[(EVAL_SCORES, score)])?;
-            events.scalars(step, &[(EVAL_SCORES, score)])?;
+            metrics.write(step, &borrowed(&values))?;
+            events.scalars(step, &borrowed(&values))?;
             observer.on_evaluation(step, score, is_best);
             if is_out_of_patience(&state) {
                 ending = Ending::EarlyStopped;
@@ -322,22 +338,23 @@ pub fn train<A: Algorithm>(
     Ok(RlOutcome { ending, steps: state.step, best: state.best, eval_scores: state.eval_scores })
 }
 
-/// The judged rollout of the next iteration: the kept one where it is of this iteration and policy, else a new one.
+/// The judged rollout of the next iteration and the seconds that judging took: the kept one where it is of this
+/// iteration, policy and settings, else a new one.
 fn judged<A: Algorithm>(
     run: &mut RlRun<'_, A>,
     state: &State,
     chosen: &[usize],
     stop: &AtomicBool,
     observer: &mut dyn RlObserver,
-) -> Result<Option<Rollout>> {
+) -> Result<Option<(Rollout, f64)>> {
     let (config, num_samples) = (run.config.objective.rollout(), run.config.objective.num_samples());
     let step = state.step + 1;
     let path = run.run.root().join(ROLLOUT);
-    let key = format!("{step} {} {}", state.data_fingerprint, digest(&run.roles.actor));
+    let key = format!("{step} {} {} {}", state.data_fingerprint, digest(&run.roles.actor), digest_of(run, chosen)?);
     let reward_names: Vec<String> = run.reward.names().map(str::to_string).collect();
     let kept = Rollout::load(&path, &key, run.prompts, run.tokenizer, run.stop_ids, &reward_names)?;
     if let Some(kept) = kept.filter(|kept| kept.prompts == chosen) {
-        return Ok(Some(kept));
+        return Ok(Some((kept, 0.0)));
     }
     let actor = &run.roles.actor;
     let most = chosen.len() * num_samples * config.max_new_tokens;
@@ -357,13 +374,24 @@ fn judged<A: Algorithm>(
     )?;
     let Some(mut rollout) = sampled else { return Ok(None) };
     observer.on_phase(step, Phase::Scoring, 0, 1);
+    let started = Instant::now();
     rollout.judge(&mut run.reward, run.prompts)?;
+    let scoring = started.elapsed().as_secs_f64();
     rollout.save(&path, &key)?;
-    Ok(Some(rollout))
+    Ok(Some((rollout, scoring)))
 }
 
-/// Mean score of greedy answers to the held-out prompts.
-fn evaluate<A: Algorithm>(run: &mut RlRun<'_, A>, step: u64, observer: &mut dyn RlObserver) -> Result<f64> {
+/// Numbers by the names of their metrics, as the writers take them.
+fn borrowed(values: &[(String, f64)]) -> Vec<(&str, f64)> {
+    values.iter().map(|(name, value)| (name.as_str(), *value)).collect()
+}
+
+/// Mean score of greedy answers to the held-out prompts, and all their numbers by name.
+fn evaluate<A: Algorithm>(
+    run: &mut RlRun<'_, A>,
+    step: u64,
+    observer: &mut dyn RlObserver,
+) -> Result<(f64, Vec<(String, f64)>)> {
     let RolloutConfig { max_new_tokens, batch_size, .. } = *run.config.objective.rollout();
     let actor = &run.roles.actor;
     let mut rollout = Rollout { prompts: (0..run.eval_prompts.len()).collect(), ..Rollout::default() };
@@ -380,12 +408,13 @@ fn evaluate<A: Algorithm>(run: &mut RlRun<'_, A>, step: u64, observer: &mut dyn 
         observer.on_phase(step, Phase::Evaluating, rollout.groups.len(), run.eval_prompts.len());
     }
     rollout.judge(&mut run.reward, run.eval_prompts)?;
-    let sum: f64 = rollout.scores.iter().map(|score| f64::from(*score)).sum();
-    Ok(sum / rollout.scores.len().max(1) as f64)
+    let values = of_responses(&rollout);
+    let score = values.first().map_or(f64::NAN, |(_, score)| *score);
+    Ok((score, values.into_iter().map(|(name, value)| (format!("eval_{name}"), value)).collect()))
 }
 
-/// Every number of an iteration.
-fn numbers(rollout: &Rollout, targets: &Targets, update: &Update, sampling_gap: f64) -> Vec<(String, f64)> {
+/// Numbers of responses and their scores, the mean score first.
+fn of_responses(rollout: &Rollout) -> Vec<(String, f64)> {
     let count = rollout.scores.len().max(1) as f64;
     let mean = |values: &mut dyn Iterator<Item = f64>| values.sum::<f64>() / count;
     let score = mean(&mut rollout.scores.iter().map(|score| f64::from(*score)));
@@ -394,15 +423,26 @@ fn numbers(rollout: &Rollout, targets: &Targets, update: &Update, sampling_gap: 
     let num_ended = rollout.is_ended.iter().filter(|is_ended| **is_ended).count();
     let mut values = vec![(SCORES.to_string(), score), ("objective/scores_std".into(), spread)];
     for (name, scores) in &rollout.parts {
-        values.push((format!("rewards/{name}/mean"), mean(&mut scores.iter().copied())));
+        values.push((reward_metric(name), mean(&mut scores.iter().copied())));
     }
-    values.extend(targets.metrics.iter().cloned());
     values.extend([
         ("completions/mean_length".to_string(), mean(&mut lengths.iter().map(|length| *length as f64))),
         ("completions/end_rate".into(), num_ended as f64 / count),
-        ("val/num_eos_tokens".into(), num_ended as f64),
-        ("policy/sampling_gap".into(), sampling_gap),
     ]);
+    values
+}
+
+/// The metric with the mean of a reward before it is weighted; of held-out prompts with `eval_` before it.
+pub fn reward_metric(name: &str) -> String {
+    format!("rewards/{name}/mean")
+}
+
+/// Every number of an iteration.
+fn numbers(rollout: &Rollout, targets: &Targets, update: &Update, sampling_gap: f64) -> Vec<(String, f64)> {
+    let num_ended = rollout.is_ended.iter().filter(|is_ended| **is_ended).count();
+    let mut values = of_responses(rollout);
+    values.extend(targets.metrics.iter().cloned());
+    values.extend([("val/num_eos_tokens".to_string(), num_ended as f64), ("policy/sampling_gap".into(), sampling_gap)]);
     values.extend(update.values.iter().map(|(name, value)| (name.to_string(), *value)));
     values
 }
@@ -472,6 +512,19 @@ fn digest(actor: &Trained<'_>) -> String {
         }
     }
     hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// What a rollout depends on beside the policy: a hash of how it is sampled and judged, and of what its prompts' rows hold.
+fn digest_of<A: Algorithm>(run: &RlRun<'_, A>, chosen: &[usize]) -> Result<String> {
+    use sha2::{Digest, Sha256};
+    let algorithm = &run.config.objective;
+    let fields: Vec<_> = chosen.iter().map(|&prompt| &run.prompts[prompt].fields).collect();
+    let all = (algorithm.rollout(), algorithm.num_samples(), run.config.seed, algorithm.rewards(), fields);
+    let text = serde_json::to_vec(&all).map_err(|error| RlhfError::Config {
+        place: "rollout".into(),
+        faults: vec![format!("its settings have no form as JSON: {error}")],
+    })?;
+    Ok(Sha256::digest(text).iter().map(|byte| format!("{byte:02x}")).collect())
 }
 
 /// Name of the generator's state among the tensors of a checkpoint.

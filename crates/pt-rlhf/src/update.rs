@@ -2,6 +2,7 @@
 
 use crate::algorithm::{Algorithm, PolicyBatch, Targets};
 use crate::packed::ranges;
+use crate::probe::first_difference;
 use crate::roles::{Critic, Roles, ValuePlaces};
 use crate::rollout::Rollout;
 use crate::value_loss::value_losses;
@@ -13,6 +14,7 @@ use pt_train::data::packing::{epoch_order, split_by_tokens};
 use pt_train::settings::TrainConfig;
 use pt_train::step::{Optimization, finite};
 use pt_train::train::Trained;
+use std::iter::repeat_n;
 use std::ops::Range;
 
 /// Tokens of a micro-batch where the settings name none.
@@ -81,7 +83,11 @@ pub(crate) struct Update {
 pub(crate) struct Sums(Vec<(&'static str, f64, f64)>);
 
 impl Sums {
+    /// Of nothing there is no mean.
     fn add(&mut self, name: &'static str, sum: f64, count: f64) {
+        if count == 0.0 {
+            return;
+        }
         match self.0.iter_mut().find(|(known, ..)| *known == name) {
             Some((_, total, counts)) => (*total, *counts) = (*total + sum, *counts + count),
             None => self.0.push((name, sum, count)),
@@ -156,7 +162,10 @@ impl<'a, A: Algorithm> Updater<'a, A> {
                 policy.extend(floats(no_grad(|| model.label_logprobs(&batch, sites, run, &self.options()))?.logprobs)?);
             }
         }
+        self.sampling_gap = 0.0;
         if is_narrow {
+            let gaps = policy.iter().zip(&rollout.logprobs).map(|(one, other)| f64::from((one - other).abs()));
+            self.sampling_gap = gaps.fold(0.0, f64::max);
             rollout.logprobs = policy;
         }
         let reference = reference_role.is_some().then_some(reference);
@@ -180,7 +189,6 @@ impl<'a, A: Algorithm> Updater<'a, A> {
         let (mut sums, mut update, mut done) = (Sums::default(), Update::default(), 0);
         let is_warming_up =
             algorithm.value_settings().is_some_and(|settings| step <= settings.critic.warmup_iterations);
-        self.sampling_gap = 0.0;
         'updates: for epoch in 0..updates.num_epochs {
             let deal = BatchConfig { seed: self.config.seed.wrapping_add(step), ..BatchConfig::default() };
             let order = epoch_order(num_groups, &deal, epoch as u64);
@@ -267,7 +275,7 @@ impl<'a, A: Algorithm> Updater<'a, A> {
             let lengths = Places::take(&places.responses, &rows, &places.lengths);
             let is_kept = Places::take(&places.responses, &rows, &places.is_kept);
             if is_first {
-                self.check_gap(&logprobs.detach(), &old_logprobs, &lengths, model.kind())?;
+                self.check_gap(roles, &batch, &logprobs.detach(), &old_logprobs, &lengths)?;
             }
             let policy = algorithm.policy_loss(&PolicyBatch {
                 logprobs: &logprobs,
@@ -280,14 +288,19 @@ impl<'a, A: Algorithm> Updater<'a, A> {
             })?;
             let mut loss = policy.loss;
             sums.add("loss/policy_avg", finite(step, "policy loss", &loss)?, rows.len() as f64 / groups.len() as f64);
-            let count = logprobs.numel() as f64;
+            // Tokens of responses that count.
+            let kept =
+                lengths.iter().zip(&is_kept).flat_map(|(length, kept)| repeat_n(f32::from(u8::from(*kept)), *length));
+            let kept = Tensor::from_slice(&kept.collect::<Vec<f32>>()).to_device(device);
+            let count = sum(&kept);
             if let Some(entropy) = &out.entropy {
-                sums.add("policy/entropy_avg", sum(&entropy.detach()), count);
+                let of_kept = entropy * &kept;
+                sums.add("policy/entropy_avg", sum(&of_kept.detach()), count);
                 if updates.entropy_coef > 0.0 {
-                    loss -= entropy.sum(Kind::Float) * (updates.entropy_coef / window.num_tokens.max(1) as f64);
+                    loss -= of_kept.sum(Kind::Float) * (updates.entropy_coef / window.num_tokens.max(1) as f64);
                 }
             }
-            let difference = (logprobs.detach() - &old_logprobs).to_kind(Kind::Double);
+            let difference = ((logprobs.detach() - &old_logprobs) * &kept).to_kind(Kind::Double);
             sums.add("policy/approxkl_avg", 0.5 * sum(&difference.square()), count);
             sums.add("policy/kl_k3", sum(&(difference.exp() - 1.0 - &difference)), count);
             let num_ratios = policy.output.ratio.numel() as f64;
@@ -304,27 +317,47 @@ impl<'a, A: Algorithm> Updater<'a, A> {
 
     /// That the log-probs recorded while sampling are those of the training pass: before the first optimizer step of an
     /// iteration nothing has moved.
-    fn check_gap(&mut self, logprobs: &Tensor, sampled: &Tensor, lengths: &[usize], kind: Kind) -> Result<()> {
+    fn check_gap(
+        &mut self,
+        roles: &Roles<'_>,
+        batch: &PackedBatch,
+        logprobs: &Tensor,
+        sampled: &Tensor,
+        lengths: &[usize],
+    ) -> Result<()> {
+        let Trained { model, sites, .. } = &roles.actor;
         let gaps = (logprobs - sampled).abs();
         if gaps.numel() == 0 {
             return Ok(());
         }
+        if model.kind() != Kind::Float {
+            // Measured when the rollout was compared; since then the log-probs are the training pass's own.
+            return Ok(());
+        }
         let gap = gaps.max().double_value(&[]);
         self.sampling_gap = self.sampling_gap.max(gap);
-        if kind != Kind::Float || gap <= MAX_GAP {
+        if gap <= MAX_GAP {
             return Ok(());
         }
         let worst = gaps.argmax(0, false).int64_value(&[]);
         let response = ranges(lengths).position(|range| range.contains(&(worst as usize))).unwrap_or(0);
         let place = worst as usize - ranges(lengths).nth(response).map_or(0, |range| range.start);
         let temperature = self.config.objective.rollout().temperature;
+        let cause = match first_difference(model, sites, batch)? {
+            Some(layer) => format!(
+                "Two training passes over these tokens already part behind layer {layer}: something in it is random, \
+                 such as dropout that is switched on"
+            ),
+            None => "Two training passes over these tokens agree in every layer, so it is the weights that changed in \
+                     between, or a method that treats a token otherwise when it comes alone"
+                .into(),
+        };
         Err(RlhfError::Config {
             place: "rollout".into(),
             faults: vec![format!(
                 "token {place} of response {response} (of a micro-batch) had the log-prob {:.5} when it was sampled and \
                  has {:.5} in the training pass, at temperature {temperature} in both, before any update: sampling and \
-                 training do not run the same model. Expected at most {MAX_GAP} between them; an adapter with dropout \
-                 switched on, or weights changed from outside, would do that",
+                 training do not run the same model, expected at most {MAX_GAP} between them. {cause}",
                 sampled.double_value(&[worst]),
                 logprobs.double_value(&[worst])
             )],

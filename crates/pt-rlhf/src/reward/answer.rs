@@ -22,7 +22,8 @@ pub enum Normalization {
 }
 
 impl Normalization {
-    fn apply(self, text: &str) -> String {
+    /// The text as it is compared.
+    pub fn apply(self, text: &str) -> String {
         match self {
             Self::None => text.trim().to_owned(),
             Self::Squad => squad(text),
@@ -84,7 +85,7 @@ impl ExactConfig {
     }
 }
 
-fn answer_faults(answer_field: &str, extract: Option<&str>) -> Vec<String> {
+pub(super) fn answer_faults(answer_field: &str, extract: Option<&str>) -> Vec<String> {
     let mut faults = Vec::new();
     if answer_field.is_empty() {
         faults.push("answer_field is empty, expected the name of a field".into());
@@ -313,7 +314,7 @@ impl Reward for NumberMatch {
 }
 
 /// The values of a row's answer: those of a list, or the one.
-fn row_answers<'a>(fields: &'a Map<String, Value>, name: &str) -> std::result::Result<&'a [Value], Fault> {
+pub(super) fn row_answers<'a>(fields: &'a Map<String, Value>, name: &str) -> std::result::Result<&'a [Value], Fault> {
     match fields.get(name) {
         None | Some(Value::Null) => {
             let names = fields.keys().map(|name| format!("`{name}`")).collect::<Vec<_>>().join(", ");
@@ -331,7 +332,7 @@ fn row_answers<'a>(fields: &'a Map<String, Value>, name: &str) -> std::result::R
     }
 }
 
-fn wrong_answer(field: &str, value: &Value, expected: &str) -> Fault {
+pub(super) fn wrong_answer(field: &str, value: &Value, expected: &str) -> Fault {
     let found = match value {
         Value::String(text) => excerpt(text),
         other => other.to_string().chars().take(60).collect(),

@@ -6,8 +6,8 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::{
-    CommandConfig, ExactConfig, ExactMatch, ExternalCommand, FormatCheck, FormatConfig, LengthConfig, LengthWindow,
-    NumberConfig, NumberMatch, PatternConfig, PatternMatch, Reward, WeightedSum,
+    CommandConfig, ExactConfig, ExactMatch, ExternalCommand, F1, F1Config, FormatCheck, FormatConfig, LengthConfig,
+    LengthWindow, NumberConfig, NumberMatch, PatternConfig, PatternMatch, Reward, WeightedSum,
 };
 use crate::error::{Result, RlhfError};
 
@@ -19,6 +19,8 @@ use crate::error::{Result, RlhfError};
 pub enum RewardSpec {
     /// Whether the response is the answer in the prompt's row.
     Exact(ExactConfig),
+    /// How much of the answer in the prompt's row it has, and how little else.
+    F1(F1Config),
     /// Whether its number is the one in the prompt's row.
     Number(NumberConfig),
     /// Whether a regular expression matches it.
@@ -64,6 +66,7 @@ impl RewardSpec {
     pub fn type_name(&self) -> &'static str {
         match self {
             Self::Exact(_) => "exact",
+            Self::F1(_) => "f1",
             Self::Number(_) => "number",
             Self::Pattern(_) => "pattern",
             Self::Length(_) => "length",
@@ -94,6 +97,7 @@ impl RewardSpec {
         }
         faults.extend(match self {
             Self::Exact(config) => config.faults(),
+            Self::F1(config) => config.faults(),
             Self::Number(config) => config.faults(),
             Self::Pattern(config) => config.faults(),
             Self::Length(config) => config.faults(),
@@ -108,6 +112,7 @@ impl RewardSpec {
     fn shared(&self) -> (Option<&str>, f64) {
         let (name, weight) = match self {
             Self::Exact(config) => (&config.name, config.weight),
+            Self::F1(config) => (&config.name, config.weight),
             Self::Number(config) => (&config.name, config.weight),
             Self::Pattern(config) => (&config.name, config.weight),
             Self::Length(config) => (&config.name, config.weight),
@@ -152,6 +157,7 @@ pub fn build(
     for (spec, name) in specs.iter().zip(names(specs)) {
         let reward: Box<dyn Reward> = match spec {
             RewardSpec::Exact(config) => Box::new(ExactMatch::new(&name, config)?),
+            RewardSpec::F1(config) => Box::new(F1::new(&name, config)?),
             RewardSpec::Number(config) => Box::new(NumberMatch::new(&name, config)?),
             RewardSpec::Pattern(config) => Box::new(PatternMatch::new(&name, config)?),
             RewardSpec::Length(config) => Box::new(LengthWindow::new(&name, config)?),
@@ -206,6 +212,7 @@ mod tests {
         let specs = parse(
             r#"[
             {"type": "exact", "answer_field": "target", "extract": "x(.)", "normalization": "squad", "contains": true},
+            {"type": "f1", "answer_field": "right"},
             {"type": "number", "extract": "=", "percent": "hundredths", "tolerance": 1},
             {"type": "pattern", "pattern": "a", "whole": true, "matched": 2, "unmatched": -1},
             {"type": "length", "unit": "words", "min": 1, "max": 9, "falloff": 2},
@@ -216,23 +223,25 @@ mod tests {
         );
         let RewardSpec::Exact(exact) = &specs[0] else { panic!("exact") };
         assert_eq!((exact.normalization, exact.contains, exact.weight), (Normalization::Squad, true, 1.0));
-        assert!(matches!(&specs[1], RewardSpec::Number(number) if number.percent == Percent::Hundredths));
-        assert!(matches!(&specs[3], RewardSpec::Length(length) if length.unit == LengthUnit::Words));
+        assert!(matches!(&specs[2], RewardSpec::Number(number) if number.percent == Percent::Hundredths));
+        assert!(matches!(&specs[4], RewardSpec::Length(length) if length.unit == LengthUnit::Words));
         for spec in &specs {
             let json = serde_json::to_value(spec).expect("has a JSON form");
             assert_eq!(json["type"], spec.type_name());
             assert_eq!(serde_json::from_value::<RewardSpec>(json).expect("reads what it wrote"), *spec);
             assert!(spec.faults().is_empty());
         }
-        assert_eq!((specs[6].name(), specs[6].weight()), (Some("judge"), 0.5));
+        assert_eq!((specs[7].name(), specs[7].weight()), (Some("judge"), 0.5));
     }
 
     #[test]
     fn unknown_types_and_fields_are_refused() {
         let error = |json: &str| serde_json::from_str::<RewardSpec>(json).expect_err(json).to_string();
-        assert!(error(r#"{"type": "numbr"}"#).contains("unknown variant `numbr`, expected one of `exact`, `number`"));
+        assert!(
+            error(r#"{"type": "numbr"}"#).contains("unknown variant `numbr`, expected one of `exact`, `f1`, `number`")
+        );
         assert!(error(r#"{"extract": "a"}"#).contains("missing field `type`"));
-        for spec in ["exact", "number", "pattern", "length", "format", "command", "model"] {
+        for spec in ["exact", "f1", "number", "pattern", "length", "format", "command", "model"] {
             let text = error(&format!(r#"{{"type": "{spec}", "wieght": 1}}"#));
             assert!(text.contains("unknown field `wieght`") && text.contains("`weight`"), "{text}");
         }
@@ -241,7 +250,7 @@ mod tests {
     #[test]
     fn the_schema_describes_every_type() {
         let schema = schemars::schema_for!(RewardSpec).as_value().to_string();
-        for spec in ["exact", "number", "pattern", "length", "format", "command", "model"] {
+        for spec in ["exact", "f1", "number", "pattern", "length", "format", "command", "model"] {
             assert!(schema.contains(&format!("\"{spec}\"")), "{spec}");
         }
     }

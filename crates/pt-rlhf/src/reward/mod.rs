@@ -3,6 +3,7 @@
 //! | type | scores |
 //! | --- | --- |
 //! | `exact` | whether the response, or a part of it, is the answer of the prompt's row: [`ExactMatch`] |
+//! | `f1` | how much of that answer it has, and how little else: [`F1`] |
 //! | `number` | whether its number is the row's: [`NumberMatch`] |
 //! | `pattern` | whether a regular expression matches: [`PatternMatch`] |
 //! | `length` | whether its length is in a window: [`LengthWindow`] |
@@ -31,6 +32,7 @@
 mod answer;
 mod command;
 mod config;
+mod f1;
 mod format;
 mod length;
 mod number;
@@ -40,6 +42,7 @@ mod sum;
 pub use answer::{ExactConfig, ExactMatch, Normalization, NumberConfig, NumberMatch, Percent};
 pub use command::{CommandConfig, ExternalCommand};
 pub use config::{ModelReward, RewardSpec, build, reward_faults};
+pub use f1::{F1, F1Config, token_f1};
 pub use format::{FormatCheck, FormatConfig};
 pub use length::{LengthConfig, LengthUnit, LengthWindow};
 pub use pattern::{PatternConfig, PatternMatch};

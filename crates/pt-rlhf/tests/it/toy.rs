@@ -1,7 +1,7 @@
 //! A tiny Llama with words `t0` to `t127`, tasks on them that are solved in a few iterations, and runs of it.
 
 use pt_model::{CausalLm, Pretrained, Tokenizer};
-use pt_peft::{Adapter, LoraConfig, MethodConfig};
+use pt_peft::{Adapter, MethodConfig};
 use pt_rlhf::reward::{Reward, Sample, WeightedSum};
 use pt_rlhf::{
     Algorithm, Critic, CriticKind, IterationRecord, Phase, Prompt, Reference, Result, RlObserver, RlOutcome, RlRun,
@@ -135,8 +135,9 @@ pub(crate) fn play<A: Algorithm>(
     let pretrained = Pretrained::open(fixtures().join("models/llama/model"))?;
     let model = CausalLm::load(&pretrained, Device::Cpu, Kind::Float)?;
     let adapter = |seed| -> Rc<dyn Adapter> {
-        let method = MethodConfig::Lora(LoraConfig::default());
-        method.create(&model, None, seed).unwrap()
+        let adapter = MethodConfig::Lora(config.lora.clone()).create(&model, None, seed).unwrap();
+        adapter.set_training(config.lora.lora_dropout > 0.0);
+        adapter
     };
     let actor = adapter(config.seed);
     let mut leaves = actor.parameters();

@@ -1,6 +1,6 @@
 //! `pt demo dpo`: right answers preferred to hallucinated ones.
 
-use super::{DemoRows, Plan, Question, RunArgs};
+use super::{DemoRows, Plan, Question, RunArgs, moved, percent};
 use crate::dpo_task::{DpoTask, TestRows};
 use crate::job::Job;
 use anyhow::{Context, Result, ensure};
@@ -57,27 +57,19 @@ pub(super) fn run(args: Args) -> Result<ExitCode> {
     let mut own = Vec::new();
     if let Some(after) = held_out.get(pt_dpo::LOGPS_ACCURACY) {
         let before = done.finished.before.get(pt_dpo::LOGPS_ACCURACY).copied().unwrap_or(f64::NAN);
-        own.push(format!("right answers the more probable {} of the held-out pairs", moved(before, *after)));
+        own.push(format!("right answers the more probable {} of the held-out pairs", moved((before, *after))));
     }
     // Before training the policy is its reference, which leaves nothing to tell apart by.
-    let apart = |share: f64, rows: &str| format!("pairs told apart{} % of {rows}", percent(share));
+    let apart = |share: f64, rows: &str| format!("pairs told apart {} of {rows}", percent(share));
     own.extend(held_out.get(pt_dpo::ACCURACY).map(|share| apart(*share, "the held-out ones")));
     if let Some((rows, path)) = test_rows.zip(test) {
         let [told_apart, more_probable] = rows.after(&done.job, &done.model, &done.finished.sites)?;
         let name = path.display().to_string();
-        own.push(format!("right answers the more probable {} of {name}", moved(rows.before, more_probable)));
+        own.push(format!("right answers the more probable {} of {name}", moved((rows.before, more_probable))));
         own.push(apart(told_apart, &name));
     }
     done.say(&own)?;
     Ok(ExitCode::SUCCESS)
-}
-
-fn moved(before: f64, after: f64) -> String {
-    format!("{} % ->{} %", percent(before).trim_start(), percent(after))
-}
-
-fn percent(share: f64) -> String {
-    format!(" {:.1}", share * 100.0)
 }
 
 /// About `count` pairs of a file, evenly spaced, and what they ask.

@@ -1,7 +1,10 @@
 //! `pt demo`: a main job on a real model and real data, measured before and after.
 
 mod dpo;
+mod grpo;
+mod rlhf;
 mod sft;
+mod stages;
 
 use crate::answers::answers;
 use crate::interrupts;
@@ -12,6 +15,7 @@ use crate::talk::say;
 use crate::task::Task;
 use anyhow::{Context, Result};
 use pt_model::{Bare, CausalLm, Pretrained, Sites};
+use pt_rlhf::reward::{Normalization, token_f1};
 use pt_tensor::{Kind, parse_device, parse_kind};
 use pt_train::data::{Encode, Message, Row};
 use pt_train::encoder::ModelEncoder;
@@ -19,7 +23,6 @@ use pt_train::report::{Better, Headline, Sample};
 use pt_train::run_dir::RunDir;
 use pt_train::settings::TrainConfig;
 use pt_train::train::Ending;
-use std::collections::HashSet;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::rc::Rc;
@@ -36,6 +39,10 @@ enum Demo {
     Sft(sft::Args),
     /// Teach it to prefer right answers on a passage to hallucinated ones (HaluEval).
     Dpo(dpo::Args),
+    /// SFT, a reward model from rankings, PPO: answers that it likes, judged by what is right.
+    Rlhf(rlhf::Args),
+    /// Teach it sums by rewards of rule.
+    Grpo(grpo::Args),
 }
 
 /// What every demo is asked with.
@@ -73,6 +80,8 @@ pub(crate) fn run(args: Args) -> Result<ExitCode> {
     match args.demo {
         Demo::Sft(args) => sft::run(args),
         Demo::Dpo(args) => dpo::run(args),
+        Demo::Rlhf(args) => rlhf::run(args),
+        Demo::Grpo(args) => grpo::run(args),
     }
 }
 
@@ -207,14 +216,13 @@ impl RunArgs {
 impl<T: Task> Done<T> {
     /// The results that every demo closes with, after `own` ones.
     fn say(&self, own: &[String]) -> Result<()> {
-        let percent = |(before, after): (f64, f64)| format!("{:.1} % -> {:.1} %", before * 100.0, after * 100.0);
         let (before, after) = self.finished.loss;
         let (before, after) = (before.unwrap_or(f64::NAN), after.unwrap_or(f64::NAN));
         let unit = T::LOSS_UNIT.replace('/', " per ");
         say(format_args!("held-out loss   {before:.4} -> {after:.4} {unit}"))?;
         own.iter().try_for_each(say)?;
-        say(format_args!("exact answers   {}", percent(self.exact)))?;
-        say(format_args!("answer F1       {}", percent(self.f1)))?;
+        say(format_args!("exact answers   {}", moved(self.exact)))?;
+        say(format_args!("answer F1       {}", moved(self.f1)))?;
         say(format_args!("report          {}", self.finished.run.report_path().display()))?;
         say(format_args!("adapter         {}", self.finished.chosen.display()))?;
         say("\nTalk with it:")?;
@@ -254,29 +262,19 @@ fn tell(samples: &[Sample]) {
     }
 }
 
-/// SQuAD's normalisation: lower case, no punctuation, no articles, single spaces.
-fn normalise(text: &str) -> Vec<String> {
-    let text: String = text.to_lowercase().chars().filter(|c| !c.is_ascii_punctuation()).collect();
-    text.split_whitespace().filter(|word| !["a", "an", "the"].contains(word)).map(str::to_string).collect()
-}
-
 /// SQuAD's token F1 of an answer against the best of the accepted ones.
 fn f1(answer: &str, accepted: &[String]) -> f64 {
-    let words = normalise(answer);
-    let score = |gold: &String| {
-        let mut left = normalise(gold);
-        let (num_words, num_gold) = (words.len(), left.len());
-        let same = words
-            .iter()
-            .filter(|word| left.iter().position(|g| g == *word).map(|at| left.swap_remove(at)).is_some())
-            .count();
-        if num_words == 0 || num_gold == 0 {
-            f64::from(num_words == num_gold)
-        } else {
-            2.0 * same as f64 / (num_words + num_gold) as f64
-        }
-    };
-    accepted.iter().map(score).fold(0.0, f64::max)
+    accepted.iter().map(|gold| token_f1(answer, gold)).fold(0.0, f64::max)
+}
+
+/// A share before and after.
+fn moved((before, after): (f64, f64)) -> String {
+    format!("{} -> {}", percent(before), percent(after))
+}
+
+/// A share in per cent.
+fn percent(share: f64) -> String {
+    format!("{:.1} %", share * 100.0)
 }
 
 /// What a model answers.
@@ -305,10 +303,10 @@ fn answer(
         })
         .collect::<Result<_>>()?;
     let answers = answers(model, sites, encoder, &prompts, 32, what)?;
-    let accepted = |q: &Question| q.answers.iter().map(|a| normalise(a)).collect::<HashSet<_>>();
+    let normal = |text: &str| Normalization::Squad.apply(text);
+    let is_exact = |(q, answer): &(&Question, &String)| q.answers.iter().any(|gold| normal(gold) == normal(answer));
     let count = questions.len().max(1) as f64;
-    let exact =
-        questions.iter().zip(&answers).filter(|(q, a)| accepted(q).contains(&normalise(a))).count() as f64 / count;
+    let exact = questions.iter().zip(&answers).filter(is_exact).count() as f64 / count;
     let mean_f1 = questions.iter().zip(&answers).map(|(q, a)| f1(a, &q.answers)).sum::<f64>() / count;
     eprintln!("{what}: exact answers {:.1} %, F1 {:.1} %", exact * 100.0, mean_f1 * 100.0);
     Ok(Answers { exact, f1: mean_f1, texts: answers })
@@ -322,18 +320,4 @@ fn again(words: impl Iterator<Item = String>) -> String {
         words.push("--resume".into());
     }
     words.join(" ")
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn f1_counts_shared_words_of_the_best_answer() {
-        let accepted = vec!["the 10th century".to_string(), "10th and 11th".into()];
-        assert_eq!(f1("10th century.", &accepted), 1.0);
-        assert!((f1("in the 10th century", &accepted) - 0.8).abs() < 1e-12);
-        assert_eq!(f1("France", &accepted), 0.0);
-        assert_eq!(f1("", &accepted), 0.0);
-    }
 }
