@@ -7,11 +7,11 @@ use crate::open::no_tokenizer;
 use crate::run_command::absolute;
 use crate::talk::{self, Misused};
 use crate::task::MAX_SHARD_BYTES;
-use crate::training::{Prepared, TrainArgs, prepare};
+use crate::training::{Prepared, TrainArgs, help_on, prepare};
 use anyhow::Result;
 use pt_model::{Bare, CausalLm, Pretrained, Sites};
 use pt_peft::{Adapter, load_adapter};
-use pt_rlhf::reward::{ModelReward, Reward, RewardSpec, WeightedSum, build};
+use pt_rlhf::reward::{ModelReward, Reward, RewardSpec, WeightedSum, build, rewards_text};
 use pt_rlhf::{
     Algorithm, Critic, CriticKind, EVAL_SCORES, Finding, GrpoConfig, IterationRecord, ModelScorer, Phase, PpoConfig,
     Prompt, Reference, RewardModel, RlObserver, RlOutcome, RlRun, Roles, SCORES, SampleRecord, ScalarHead,
@@ -19,7 +19,7 @@ use pt_rlhf::{
 };
 use pt_tensor::Tensor;
 use pt_train::config::{flatten, to_yaml};
-use pt_train::data::Encode;
+use pt_train::data::{Encode, Text};
 use pt_train::encoder::ModelEncoder;
 use pt_train::metrics::read_series;
 use pt_train::report::{Better, Headline, Report, Sample};
@@ -69,11 +69,13 @@ impl RlTask for GrpoConfig {
 }
 
 /// The forms of the rows, for `--help`.
-pub(crate) const ROWS: &str = "`prompt` (a text or messages) or `messages` that end with a user's turn; other fields, \
+const ROWS: &str = "`prompt` (a text or messages) or `messages` that end with a user's turn; other fields, \
                                such as `answer`, are for the rewards.\n\nIn the fields below a step is an iteration (sample, \
                                score, update), `batch.batch_size` times `batch.accumulation` are its prompts, \
                                `batch.max_tokens` bounds the micro-batches of its passes, and what `eval_every` measures \
-                               and `early_stopping` waits for is the held-out score, the higher the better";
+                               and `early_stopping` waits for is the held-out score, the higher the better. Of the fields of \
+                               `data`, `sources`, `columns`, `as_chat` and `max_rows` matter; the length of prompts is \
+                               bounded by `rollout.max_prompt_tokens`";
 
 /// Where a run keeps responses that it learned from.
 const SAMPLES: &str = "samples.jsonl";
@@ -164,6 +166,16 @@ fn unusable(spec: &ModelReward, message: String) -> pt_rlhf::RlhfError {
     }
 }
 
+/// What stands below the options of `--help`.
+pub(crate) fn help<A: RlTask>() -> String {
+    format!(
+        "{}\nTypes of rewards and their fields, as in --set 'rewards=[{{type: number}}, {{type: length, max: 40, weight: \
+         0.1}}]':\n\n{}",
+        help_on::<A>(ROWS),
+        rewards_text()
+    )
+}
+
 /// Prompts of some files, tokenized.
 fn checked<A: RlTask>(
     prepared: &Prepared<A>,
@@ -179,6 +191,13 @@ fn checked<A: RlTask>(
     let context = pretrained.config.max_position_embeddings as usize;
     let room = context.saturating_sub(virtual_tokens + rollout.max_new_tokens);
     let prompts = encode_prompts(&rows, encoder, rollout.max_prompt_tokens, room)?;
+    let num_plain = rows.iter().filter(|row| matches!(row.prompt, Text::Plain(_))).count();
+    if num_plain > 0 {
+        eprintln!(
+            "note: {num_plain} {what} prompts are plain text, without the chat template that `pt chat` asks through; to \
+             train what that asks: --set data.as_chat=true, or messages in `prompt`"
+        );
+    }
     let lengths: Vec<usize> = prompts.iter().map(|prompt| prompt.ids.len()).collect();
     eprintln!(
         "{} {what} prompts of {} to {} tokens{}",
@@ -249,7 +268,9 @@ impl Cast {
                 let width = model.config().hidden_size;
                 let mut head = ScalarHead::new(width, config.seed, prepared.device)?;
                 let (mut own, mut adapter) = (None, None);
-                match critic.path.as_deref().map(RewardFolder::of).transpose()? {
+                let folder =
+                    |path: &PathBuf| RewardFolder::of(path).map_err(|_| critic_fault(path, "is no reward model"));
+                match critic.path.as_ref().map(folder).transpose()? {
                     Some(RewardFolder::Model(folder)) => {
                         let from = Pretrained::open(&folder)?;
                         let reward = RewardModel::of_pretrained(&from, prepared.device)?;
@@ -509,7 +530,7 @@ fn report<A: RlTask>(
         prompt: format!("iteration {}: {}", sample.step, sample.prompt),
         expected: None,
         before: None,
-        after: format!("{}\n\nscore {:.3}", sample.response, sample.score),
+        after: judged_text(sample),
     };
     let (model, adapter) = (&prepared.command.model, result(run, prepared, outcome)?);
     let chat = match prepared.config.peft {
@@ -536,6 +557,14 @@ fn report<A: RlTask>(
         ..Report::default()
     };
     Ok(report.write(&run.report_path())?)
+}
+
+/// A response with what it was worth.
+fn judged_text(sample: &SampleRecord) -> String {
+    let parts: Vec<String> = sample.rewards.iter().map(|(name, score)| format!("{name} {score:.3}")).collect();
+    let parts = if parts.len() > 1 { format!(" ({})", parts.join(", ")) } else { String::new() };
+    let cut = if sample.is_ended { "" } else { ", cut off" };
+    format!("{}\n\nscore {:.3}{parts}{cut}", sample.response, sample.score)
 }
 
 /// A bar of iterations on a terminal, a line an iteration; keeps responses for the report.
@@ -648,7 +677,13 @@ impl RlObserver for Progress<'_> {
     }
 
     fn on_evaluation(&mut self, step: u64, score: f64, is_best: bool) {
-        let mark = if is_best { " (best so far)" } else { "" };
+        let mark = if is_best {
+            " (best so far)"
+        } else if step > 0 {
+            " (no better than before)"
+        } else {
+            ""
+        };
         self.say(&format!("iteration {step}: held-out score {score:.4}{mark}"));
     }
 

@@ -106,6 +106,9 @@ pub trait Algorithm: ObjectiveConfig {
     /// What a response is worth.
     fn rewards(&self) -> &[RewardSpec];
 
+    /// Taken off the score of a response that was cut off.
+    fn missing_eos_penalty(&self) -> Option<f64>;
+
     /// How often samples are learned from.
     fn updates(&self) -> Updates;
 
@@ -146,13 +149,6 @@ fn sums(tokens: &[f32], lengths: &[usize]) -> Vec<f64> {
 
 fn mean(values: &[f64]) -> f64 {
     values.iter().sum::<f64>() / values.len() as f64
-}
-
-/// Scores with the price of a missing end taken off.
-fn penalized(rollout: &Rollout, penalty: Option<f64>) -> Vec<f32> {
-    let penalty = penalty.unwrap_or(0.0) as f32;
-    let scores = rollout.scores.iter().zip(&rollout.is_ended);
-    scores.map(|(score, is_ended)| if *is_ended { *score } else { score - penalty }).collect()
 }
 
 /// KL(policy ‖ reference) of each token by an estimator; zeros without a reference.
@@ -224,6 +220,10 @@ impl Algorithm for PpoConfig {
         &self.rewards
     }
 
+    fn missing_eos_penalty(&self) -> Option<f64> {
+        self.missing_eos_penalty
+    }
+
     fn updates(&self) -> Updates {
         let &Self { num_epochs, num_minibatches, target_kl, entropy_coef, .. } = self;
         Updates { num_epochs, num_minibatches, target_kl, entropy_coef }
@@ -248,7 +248,7 @@ impl Algorithm for PpoConfig {
     fn targets(&self, rollout: &Rollout, evidence: Evidence<'_>, state: &mut AlgorithmState) -> Result<Targets> {
         let lengths = rollout.lengths();
         let kl = divergence(rollout, evidence.reference, self.kl_estimator);
-        let mut scores = penalized(rollout, self.missing_eos_penalty);
+        let mut scores = rollout.scores.clone();
         if self.normalize_scores {
             state.scores.update(&scores);
             state.scores.normalize(&mut scores, true);
@@ -301,6 +301,10 @@ impl Algorithm for GrpoConfig {
         &self.rewards
     }
 
+    fn missing_eos_penalty(&self) -> Option<f64> {
+        self.missing_eos_penalty
+    }
+
     fn updates(&self) -> Updates {
         let &Self { num_epochs, num_minibatches, target_kl, entropy_coef, .. } = self;
         Updates { num_epochs, num_minibatches, target_kl, entropy_coef }
@@ -330,7 +334,7 @@ impl Algorithm for GrpoConfig {
         let (lengths, sizes) = (rollout.lengths(), rollout.group_sizes());
         let kl = divergence(rollout, evidence.reference, KlEstimator::K1);
         let of_response = sums(&kl, &lengths);
-        let mut scores = penalized(rollout, self.missing_eos_penalty);
+        let mut scores = rollout.scores.clone();
         let advantages = match self.baseline {
             Baseline::GroupMean => group_advantages(&scores, &sizes, self.scale_rewards),
             Baseline::LeaveOneOut => {

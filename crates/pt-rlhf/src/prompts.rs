@@ -100,9 +100,11 @@ pub fn encode_prompts(
                  ({num_without_room} such prompt(s) in all)"
             ),
             hint: Some(if room == 0 {
-                "the longest response fills the model's context: shorten it".into()
+                "the longest response fills the model's context: shorten it by rollout.max_new_tokens".into()
             } else {
-                format!("leave such prompts out with a longest prompt of {room} tokens, or shorten the response")
+                format!(
+                    "leave such prompts out by rollout.max_prompt_tokens={room}, or shorten responses by rollout.max_new_tokens"
+                )
             }),
         });
     }
@@ -239,7 +241,7 @@ mod tests {
             text.contains("prompts.jsonl:2: the prompt has 4 tokens") && text.contains("holds 3 (2 such"),
             "{text}"
         );
-        assert!(error.hint().expect("a hint").contains("3 tokens"));
+        assert!(error.hint().expect("a hint").contains("max_prompt_tokens=3"));
         assert_eq!(encode(&lines, Some(4), 4).expect("the last is left out").len(), 2);
         assert_eq!(encode(&lines, Some(3), 4).expect("two are left out").len(), 1);
         let error = encode(&lines, Some(1), 4).expect_err("nothing left");

@@ -88,11 +88,11 @@ pub struct PpoConfig {
     pub rewards: Vec<RewardSpec>,
     /// Price of a nat of divergence from the reference.
     pub kl_coef: f64,
-    /// How the divergence of a token is estimated.
+    /// How the divergence of a token is estimated: `k1` (log-ratio, unbiased), `k2` (half its square), `k3` (never negative).
     pub kl_estimator: KlEstimator,
     /// Whether the price moves.
     pub kl_control: KlControl,
-    /// Where a response's score is paid.
+    /// Where a response's score is paid: on its `last_token`, or `after_end`, on an entry of its own as in TRL.
     pub score_placement: ScorePlacement,
     /// Divide scores by the standard deviation of all scores so far, after taking off their mean.
     pub normalize_scores: bool,
@@ -175,7 +175,14 @@ fn counts_of_0(counts: &[(&str, usize)]) -> Vec<String> {
 
 /// Those of rewards; without any the caller brings a reward of its own.
 fn faults_of(rewards: &[RewardSpec]) -> Vec<String> {
-    if rewards.is_empty() { vec![] } else { reward_faults(rewards) }
+    if rewards.is_empty() {
+        return vec![];
+    }
+    let mut faults = reward_faults(rewards);
+    if rewards.iter().all(|reward| reward.weight() == 0.0) {
+        faults.push("rewards have the weight 0, all of them, expected one to learn from".into());
+    }
+    faults
 }
 
 impl ObjectiveConfig for PpoConfig {
@@ -247,11 +254,12 @@ pub struct GrpoConfig {
     pub rewards: Vec<RewardSpec>,
     /// `group_mean` (GRPO) or `leave_one_out` (RLOO).
     pub baseline: Baseline,
-    /// What `group_mean` divides by.
+    /// What `group_mean` divides by: the spread of the `group`, of the `batch`, or `none` (Dr. GRPO).
     pub scale_rewards: ScaleRewards,
     /// What one importance ratio is of: `token`, `sequence` (GSPO) or `sum` (RLOO).
     pub importance: ImportanceLevel,
-    /// What the losses of tokens are averaged over.
+    /// What the losses of tokens are averaged over: each response (`grpo`), all tokens of a step (`dapo`) or of a
+    /// micro-batch (`bnpo`), or the longest length (`dr_grpo`).
     pub loss_average: LossAverage,
     /// Clipping of the ratio.
     pub clip: PolicyClip,

@@ -20,6 +20,7 @@ use pt_train::step::Optimization;
 use pt_train::tensorboard::EventWriter;
 use pt_train::train::{Ending, Trained, fingerprint};
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
@@ -75,6 +76,12 @@ pub struct SampleRecord {
     pub response: String,
     /// What it was worth.
     pub score: f32,
+    /// What each reward gave it, before weights.
+    #[serde(default)]
+    pub rewards: BTreeMap<String, f64>,
+    /// Whether it ended, and was not cut off.
+    #[serde(default)]
+    pub is_ended: bool,
 }
 
 /// Hears what a run does.
@@ -136,6 +143,9 @@ struct State {
     eval_scores: (Option<f64>, Option<f64>),
     evaluations_without_gain: u64,
     data_fingerprint: String,
+    /// What responses were worth so far, as JSON: scores by other rewards cannot be compared.
+    #[serde(default)]
+    rewards: serde_json::Value,
 }
 
 /// Iterations whose numbers a checkpoint keeps: the course that diagnoses look at, and how the run began.
@@ -196,7 +206,9 @@ pub fn train<A: Algorithm>(
         eval_scores: (None, None),
         evaluations_without_gain: 0,
         data_fingerprint: data_fingerprint.clone(),
+        rewards: serde_json::json!([algorithm.rewards(), algorithm.missing_eos_penalty()]),
     };
+    let rewards = state.rewards.clone();
     pt_tensor::random::seed(config.seed);
     if let Some((_, folder)) = run.run.latest()? {
         state = load(&folder, &mut updater)?;
@@ -205,6 +217,16 @@ pub fn train<A: Algorithm>(
             return Err(TrainError::Config {
                 place: folder.display().to_string(),
                 message: "was saved with other prompts: resume with the same data, or start a new run".into(),
+            }
+            .into());
+        }
+        if state.rewards != rewards {
+            return Err(TrainError::Config {
+                place: folder.display().to_string(),
+                message:
+                    "was saved with other rewards, whose scores cannot be compared: resume with the same, or start a \
+                          new run from its adapter (--adapter)"
+                        .into(),
             }
             .into());
         }
@@ -304,7 +326,9 @@ pub fn train<A: Algorithm>(
         let is_due = config.eval_every > 0 && step.is_multiple_of(config.eval_every);
         if !run.eval_prompts.is_empty() && (is_last || is_due) {
             let (score, values) = evaluate(run, step, observer)?;
-            is_best = state.best.as_ref().is_none_or(|best| score > best.value);
+            // The policy before training counts: what is no better is not the best.
+            let most = state.best.as_ref().map(|best| best.value).or(state.eval_scores.0);
+            is_best = most.is_none_or(|most| score > most);
             state.evaluations_without_gain = if is_best { 0 } else { state.evaluations_without_gain + 1 };
             state.eval_scores.1 = Some(score);
             if is_best {
@@ -375,7 +399,7 @@ fn judged<A: Algorithm>(
     let Some(mut rollout) = sampled else { return Ok(None) };
     observer.on_phase(step, Phase::Scoring, 0, 1);
     let started = Instant::now();
-    rollout.judge(&mut run.reward, run.prompts)?;
+    rollout.judge(&mut run.reward, run.prompts, run.config.objective.missing_eos_penalty())?;
     let scoring = started.elapsed().as_secs_f64();
     rollout.save(&path, &key)?;
     Ok(Some((rollout, scoring)))
@@ -407,7 +431,7 @@ fn evaluate<A: Algorithm>(
         }
         observer.on_phase(step, Phase::Evaluating, rollout.groups.len(), run.eval_prompts.len());
     }
-    rollout.judge(&mut run.reward, run.eval_prompts)?;
+    rollout.judge(&mut run.reward, run.eval_prompts, run.config.objective.missing_eos_penalty())?;
     let values = of_responses(&rollout);
     let score = values.first().map_or(f64::NAN, |(_, score)| *score);
     Ok((score, values.into_iter().map(|(name, value)| (format!("eval_{name}"), value)).collect()))
@@ -462,6 +486,8 @@ fn samples(prompts: &[Prompt], rollout: &Rollout, step: u64) -> Vec<SampleRecord
             prompt: prompts[rollout.prompts[owners[response]]].question.clone(),
             response: rollout.texts[response].clone(),
             score: rollout.scores[response],
+            rewards: rollout.parts.iter().map(|(name, scores)| (name.clone(), scores[response])).collect(),
+            is_ended: rollout.is_ended[response],
         })
     };
     picked.into_iter().filter_map(record).collect()
@@ -519,7 +545,8 @@ fn digest_of<A: Algorithm>(run: &RlRun<'_, A>, chosen: &[usize]) -> Result<Strin
     use sha2::{Digest, Sha256};
     let algorithm = &run.config.objective;
     let fields: Vec<_> = chosen.iter().map(|&prompt| &run.prompts[prompt].fields).collect();
-    let all = (algorithm.rollout(), algorithm.num_samples(), run.config.seed, algorithm.rewards(), fields);
+    let sampled = (algorithm.rollout(), algorithm.num_samples(), run.config.seed);
+    let all = (sampled, algorithm.rewards(), algorithm.missing_eos_penalty(), fields);
     let text = serde_json::to_vec(&all).map_err(|error| RlhfError::Config {
         place: "rollout".into(),
         faults: vec![format!("its settings have no form as JSON: {error}")],

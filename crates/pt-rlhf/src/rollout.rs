@@ -99,11 +99,16 @@ impl Rollout {
         Ok(Some(rollout))
     }
 
-    /// Fills in what each response is worth.
+    /// Fills in what each response is worth; `missing_eos_penalty` is taken off where it was cut off.
     ///
     /// # Errors
     /// Those of the rewards.
-    pub(crate) fn judge(&mut self, reward: &mut WeightedSum, prompts: &[Prompt]) -> Result<()> {
+    pub(crate) fn judge(
+        &mut self,
+        reward: &mut WeightedSum,
+        prompts: &[Prompt],
+        missing_eos_penalty: Option<f64>,
+    ) -> Result<()> {
         let mut samples = Vec::with_capacity(self.texts.len());
         for ((prompt, group), responses) in self.prompts.iter().zip(&self.groups).zip(self.responses_of_group()) {
             let prompt = &prompts[*prompt];
@@ -119,7 +124,9 @@ impl Rollout {
             }
         }
         let Parts { total, by_name } = reward.score_parts(&samples)?;
-        self.scores = total.into_iter().map(|score| score as f32).collect();
+        let penalty = |is_ended: bool| if is_ended { 0.0 } else { missing_eos_penalty.unwrap_or(0.0) };
+        let scores = total.into_iter().zip(&self.is_ended);
+        self.scores = scores.map(|(score, is_ended)| (score - penalty(*is_ended)) as f32).collect();
         self.parts = by_name;
         Ok(())
     }

@@ -69,7 +69,7 @@ pub fn load_config<T: Serialize + DeserializeOwned + Default>(
         let key = &whole_name(key, &fields);
         set_field(&mut tree, key, value).map_err(|message| TrainError::Config { place: place.clone(), message })?;
         // Each is judged as it comes, so that the message names the one at fault.
-        parse_tree::<T>(&tree).map_err(|message| config_error(&place, key, &message))?;
+        parse_tree::<T>(&tree).map_err(|message| with_objective(config_error(&place, key, &message), &fields))?;
     }
     if matches!(&tree, Value::Mapping(fields) if fields.is_empty()) {
         return Ok(T::default());
@@ -292,6 +292,26 @@ fn config_error(place: &str, set_key: &str, message: &str) -> TrainError {
     }
 }
 
+/// An unknown key beside what an objective's fields go by on the command line: their names without its own.
+fn with_objective(error: TrainError, fields: &[String]) -> TrainError {
+    let TrainError::UnknownKey { place, key, suggestion, mut known } = error else { return error };
+    if key.contains('.') {
+        return TrainError::UnknownKey { place, key, suggestion, known };
+    }
+    let names: Vec<&str> = fields.iter().filter_map(|field| field.strip_prefix(OBJECTIVE)).collect();
+    // The last part will do where it is the only one so called.
+    let lasts = names.iter().map(|name| name.rsplit('.').next().unwrap_or(name));
+    let near = nearest(&key, names.iter().copied().chain(lasts).chain(known.iter().map(String::as_str)));
+    let suggestion = near.map(str::to_owned);
+    known.retain(|name| *name != OBJECTIVE.trim_end_matches('.'));
+    for name in names.iter().map(|name| name.split('.').next().unwrap_or(name)) {
+        if !known.iter().any(|it| it == name) {
+            known.push(name.to_owned());
+        }
+    }
+    TrainError::UnknownKey { place, key, suggestion, known }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -344,7 +364,9 @@ mod tests {
         let config: SftConfig = load_config(None, &sets(&[("objective.loss", "dft")])).expect("its whole name");
         assert_eq!(config.objective.loss, SftLoss::Dft);
         let error = load_config::<SftConfig>(None, &sets(&[("los", "dft")])).expect_err("a typo");
-        assert!(matches!(error, TrainError::UnknownKey { .. }), "{error}");
+        assert!(error.to_string().contains("did you mean `loss`?"), "{error}");
+        let hint = error.hint().expect("a hint");
+        assert!(hint.contains("loss") && !hint.contains("objective"), "{hint}");
     }
 
     #[test]

@@ -6,7 +6,7 @@ use pt_rlhf::GrpoConfig;
 use std::process::ExitCode;
 
 #[derive(clap::Args)]
-#[command(after_long_help = training::help_on::<GrpoConfig>(rl::ROWS))]
+#[command(after_long_help = rl::help::<GrpoConfig>())]
 pub(crate) struct Args {
     #[command(flatten)]
     training: training::TrainArgs,

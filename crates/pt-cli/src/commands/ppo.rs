@@ -6,7 +6,7 @@ use pt_rlhf::PpoConfig;
 use std::process::ExitCode;
 
 #[derive(clap::Args)]
-#[command(after_long_help = training::help_on::<PpoConfig>(rl::ROWS))]
+#[command(after_long_help = rl::help::<PpoConfig>())]
 pub(crate) struct Args {
     #[command(flatten)]
     training: training::TrainArgs,

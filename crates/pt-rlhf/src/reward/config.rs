@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use pt_train::config::fields_text;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -139,6 +140,24 @@ pub fn reward_faults(specs: &[RewardSpec]) -> Vec<String> {
     faults
 }
 
+/// Every type of reward with its fields, their defaults and texts: for `--help`.
+pub fn rewards_text() -> String {
+    fn fields<T: Default + Serialize + JsonSchema>(name: &str) -> String {
+        format!("{name}:\n{}", fields_text::<T>())
+    }
+    [
+        fields::<ExactConfig>("exact"),
+        fields::<F1Config>("f1"),
+        fields::<NumberConfig>("number"),
+        fields::<PatternConfig>("pattern"),
+        fields::<LengthConfig>("length"),
+        fields::<FormatConfig>("format"),
+        fields::<CommandConfig>("command"),
+        fields::<ModelReward>("model"),
+    ]
+    .concat()
+}
+
 /// The sum of the rewards of a run. `model` makes the reward of a [`ModelReward`]; this module knows no models.
 ///
 /// A reward without a name goes by its type, the second of a type by `number-2` and so on.
@@ -245,6 +264,14 @@ mod tests {
             let text = error(&format!(r#"{{"type": "{spec}", "wieght": 1}}"#));
             assert!(text.contains("unknown field `wieght`") && text.contains("`weight`"), "{text}");
         }
+    }
+
+    #[test]
+    fn help_has_every_type_with_its_fields() {
+        let text = rewards_text();
+        let parts =
+            ["exact:", "f1:", "number:", "pattern:", "length:", "format:", "command:", "model:", "  timeout=60"];
+        assert!(parts.iter().all(|part| text.contains(part)), "{text}");
     }
 
     #[test]

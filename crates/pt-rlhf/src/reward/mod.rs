@@ -41,7 +41,7 @@ mod sum;
 
 pub use answer::{ExactConfig, ExactMatch, Normalization, NumberConfig, NumberMatch, Percent};
 pub use command::{CommandConfig, ExternalCommand};
-pub use config::{ModelReward, RewardSpec, build, reward_faults};
+pub use config::{ModelReward, RewardSpec, build, reward_faults, rewards_text};
 pub use f1::{F1, F1Config, token_f1};
 pub use format::{FormatCheck, FormatConfig};
 pub use length::{LengthConfig, LengthUnit, LengthWindow};
